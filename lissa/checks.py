@@ -1,0 +1,120 @@
+"""Argument checks at the public boundary: each error names the call, the argument, the rule and what was got.
+
+Knows shapes and types, not algorithms. Reads metadata only, so a check costs no device synchronisation.
+"""
+
+import math
+import numbers
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lissa.types import Params
+
+
+def params(call: str, value: Any, name: str = "params") -> None:
+    """`value` must be a non-empty dict of floating-point tensors."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"`{call}({name}=...)` must be a dict of tensors, got {type(value).__name__}.")
+    if not value:
+        raise ValueError(f"`{call}({name}=...)` must hold at least one tensor, got an empty dict.")
+    for key, tensor in value.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"`{call}({name}=...)` must be a dict of tensors, got {type(tensor).__name__} at {key!r}.")
+        if not tensor.dtype.is_floating_point:
+            raise TypeError(
+                f"`{call}({name}=...)` must hold floating-point tensors, got {tensor.dtype} at {key!r}. "
+                "Keep integer buffers out of the parameter dict: close over them in the loss."
+            )
+
+
+def vector(call: str, like: Params, value: Any, name: str = "v", of: str = "params") -> None:
+    """`value` must have the keys, shapes, dtypes and devices of `like`."""
+    params(call, value, name)
+    if value.keys() != like.keys():
+        missing, extra = sorted(like.keys() - value.keys()), sorted(value.keys() - like.keys())
+        raise ValueError(
+            f"`{call}({name}=...)` must have the keys of {of}: missing keys {missing}, extra keys {extra}."
+        )
+    for key, tensor in like.items():
+        for attribute, error in (("shape", ValueError), ("dtype", TypeError), ("device", ValueError)):
+            expected, got = getattr(tensor, attribute), getattr(value[key], attribute)
+            if expected != got:
+                raise error(
+                    f"`{call}({name}=...)` must have the {attribute} of {of}: {key!r} has {_plain(expected)}, "
+                    f"got {_plain(got)}."
+                )
+
+
+def scalar_loss(
+    call: str, loss_fn: Callable[[Any, Any], Tensor], name: str = "loss_fn"
+) -> Callable[[Any, Any], Tensor]:
+    """`loss_fn`, checked each time it is called to return one floating-point number, shape `()`."""
+
+    def checked(argument: Any, batch: Any) -> Tensor:
+        loss = loss_fn(argument, batch)
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"`{call}({name}=...)` must return a tensor, got {type(loss).__name__}.")
+        if loss.shape != ():
+            raise ValueError(
+                f"`{call}({name}=...)` must return a scalar, the mean loss of the batch, "
+                f"got shape {tuple(loss.shape)}. Add `.mean()`."
+            )
+        return loss
+
+    return checked
+
+
+def finite(call: str, name: str, value: Any) -> None:
+    """`value` must be a finite number."""
+    _number(call, name, value)
+    if not math.isfinite(value):
+        raise ValueError(f"`{call}({name}=...)` must be finite, got {value}.")
+
+
+def positive(call: str, name: str, value: Any) -> None:
+    """`value` must be a finite number > 0."""
+    finite(call, name, value)
+    if not value > 0:
+        raise ValueError(f"`{call}({name}=...)` must be > 0, got {value}.")
+
+
+def non_negative(call: str, name: str, value: Any) -> None:
+    """`value` must be a finite number >= 0."""
+    finite(call, name, value)
+    if not value >= 0:
+        raise ValueError(f"`{call}({name}=...)` must be >= 0, got {value}.")
+
+
+def count(call: str, name: str, value: Any, at_least: int = 1) -> None:
+    """`value` must be an int >= `at_least`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"`{call}({name}=...)` must be an int, got {type(value).__name__}.")
+    if value < at_least:
+        raise ValueError(f"`{call}({name}=...)` must be >= {at_least}, got {value}.")
+
+
+def one_of(call: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """`value` must be one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"`{call}({name}=...)` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def generator(call: str, value: Any) -> None:
+    """`value` must be a torch.Generator."""
+    if not isinstance(value, torch.Generator):
+        raise TypeError(
+            f"`{call}(generator=...)` must be a torch.Generator, got {type(value).__name__}. "
+            "Use torch.Generator().manual_seed(0)."
+        )
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, torch.Size) else value
+
+
+def _number(call: str, name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"`{call}({name}=...)` must be a number, got {type(value).__name__}.")
