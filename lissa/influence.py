@@ -1,0 +1,159 @@
+"""Influence scores `score_i = + grad_i . (H + damping I)^-1 grad_test` from an inverse-Hessian-vector product.
+
+Positive = helpful: removing example i raises the test loss by about `score_i / n`. Knows losses and derivatives;
+knows nothing of how the `ihvp` was solved for.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad, jvp
+from torch.utils import _pytree as pytree
+
+from lissa import checks, sampling, tree
+from lissa.types import Batch, ExampleLossFn, Params
+
+METHODS = ("auto", "jvp", "per-example-gradients")
+
+JVP_LIMIT = 16
+"""With more vectors than this, per-example gradients and one matrix product win over one forward pass a vector."""
+
+
+def influence_scores(
+    example_loss_fn: ExampleLossFn,
+    params: Params,
+    ihvp: Params,
+    batch: Batch,
+    *,
+    method: str = "auto",
+    chunk_size: int | None = None,
+) -> Tensor:
+    """`score_i = + grad_i . ihvp`, with `ihvp = (H + damping I)^-1 grad_test`, for each example i of the batch.
+
+    The sign: positive = helpful. Removing example i from the n training examples raises the test loss by about
+    `score_i / n`; the score itself is not divided by n.
+
+    Args:
+        example_loss_fn: `example_loss_fn(params, batch) -> (B,)`, the loss of each example.
+        params: Where the gradients are taken.
+        ihvp: Shaped like `params`, or K of them stacked: each tensor with one more dimension in front.
+        batch: B training examples.
+        method: `"jvp"`: one forward-mode pass a vector, nothing stored per example; any batch.
+            `"per-example-gradients"`: B gradients by vmap, then one matrix product for all K vectors; the tensors of
+            the batch must share their first dimension, and the loss of an example must depend on that example alone.
+            `"auto"`: per-example gradients for more than `JVP_LIMIT` vectors where the batch allows it, else jvp.
+        chunk_size: Bounds the memory: at most so many vectors (jvp) or examples (gradients) at a time.
+
+    Returns:
+        Scores of shape `(B,)`, or `(K, B)` for K stacked vectors, in units of the loss. Differentiable: the gradient in
+        a training input is Koh & Liang's perturbation influence.
+
+    Raises:
+        ValueError: If `ihvp` does not match `params`, or the loss is not of shape `(B,)`.
+        TypeError: If `params` or `ihvp` is not a dict of floating-point tensors of the same dtypes.
+
+    Example:
+        >>> def example_losses(params, x):
+        ...     return (x @ params["w"]).square() / 2
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> influence_scores(example_losses, {"w": torch.tensor([3.0, 1.0])}, {"w": torch.tensor([1.0, 1.0])}, x)
+        tensor([3., 4.])
+
+    Source: P. W. Koh and P. Liang, Understanding black-box predictions via influence functions, ICML 2017, eq. 2.
+    """
+    checks.one_of("influence_scores", "method", method, METHODS)
+    if chunk_size is not None:
+        checks.count("influence_scores", "chunk_size", chunk_size)
+    checks.params("influence_scores", params)
+    stacked = _is_stacked(params, ihvp)
+    example_loss = _example_loss_of_params(example_loss_fn, batch)
+
+    if method == "auto":
+        many = stacked and next(iter(ihvp.values())).shape[0] > JVP_LIMIT
+        method = "per-example-gradients" if many and _has_rows(batch) else "jvp"
+    if method == "jvp":
+
+        def directional(ihvp: Params) -> Tensor:
+            return jvp(example_loss, (params,), (ihvp,))[1]
+
+        return torch.vmap(directional, chunk_size=chunk_size)(ihvp) if stacked else directional(ihvp)
+
+    gradients = per_example_gradients(example_loss_fn, params, batch, chunk_size=chunk_size)
+    products = [gradients[k].flatten(1) @ ihvp[k].reshape(-1, params[k].numel()).mT for k in params]
+    scores = torch.stack(products).sum(0).mT
+    return scores if stacked else scores[0]
+
+
+def per_example_gradients(
+    example_loss_fn: ExampleLossFn, params: Params, batch: Batch, *, chunk_size: int | None = None
+) -> Params:
+    """`grad_i = d example_loss_i / d params` for each example i: tensors of shape `(B, *params[k].shape)`.
+
+    Args:
+        example_loss_fn: `example_loss_fn(params, batch) -> (B,)`. The loss of an example must depend on it alone.
+        params: Where the gradients are taken.
+        batch: Tensors, or tuples, lists and dicts of them, that share their first dimension B.
+        chunk_size: Bounds the working memory: at most so many examples at a time. The result holds `B P` numbers.
+
+    Returns:
+        The gradients, stacked.
+
+    Raises:
+        ValueError: If the tensors of the batch do not share their first dimension.
+
+    Example:
+        >>> per_example_gradients(lambda p, x: p["w"] * x**2, {"w": torch.tensor(1.0)}, torch.tensor([1.0, 2.0]))
+        {'w': tensor([1., 4.])}
+    """
+    checks.params("per_example_gradients", params)
+    sampling.batch_length("per_example_gradients", batch)
+
+    def loss_of_one(params: Params, example: Any) -> Tensor:
+        batch_of_one = pytree.tree_map(lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, example)
+        return _example_loss_of_params(example_loss_fn, batch_of_one)(params).squeeze(0)
+
+    in_dims = pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, batch)
+    return torch.vmap(grad(loss_of_one), in_dims=(None, in_dims), chunk_size=chunk_size)(params, batch)
+
+
+def _is_stacked(params: Params, ihvp: Params) -> bool:
+    """Whether `ihvp` holds K vectors, each tensor with one more dimension in front, after checking that it fits."""
+    checks.params("influence_scores", ihvp, "ihvp")
+    extra = {ihvp[k].ndim - p.ndim for k, p in params.items() if k in ihvp}
+    stacked = extra == {1}
+    one = tree.map(lambda t: t[0], ihvp) if stacked and all(len(t) for t in ihvp.values()) else ihvp
+    checks.vector("influence_scores", params, one, "ihvp")
+    if stacked and len({len(t) for t in ihvp.values()}) != 1:
+        raise ValueError(
+            "`influence_scores(ihvp=...)` must hold equally many vectors under each key, got "
+            f"{ {k: len(t) for k, t in ihvp.items()} }."
+        )
+    return stacked
+
+
+def _has_rows(batch: Batch) -> bool:
+    try:
+        sampling.batch_length("influence_scores", batch)
+    except ValueError:
+        return False
+    return True
+
+
+def _example_loss_of_params(example_loss_fn: ExampleLossFn, batch: Batch) -> Any:
+    """`params -> example_loss_fn(params, batch)`, checked to return one loss per example."""
+
+    def example_loss(params: Params) -> Tensor:
+        losses = example_loss_fn(params, batch)
+        if not isinstance(losses, Tensor):
+            raise TypeError(
+                f"`influence_scores(example_loss_fn=...)` must return a tensor, got {type(losses).__name__}."
+            )
+        if losses.ndim != 1:
+            raise ValueError(
+                "`influence_scores(example_loss_fn=...)` must return one loss per example, shape (B,), "
+                f"got shape {tuple(losses.shape)}. Use reduction='none'."
+            )
+        return losses
+
+    return example_loss
