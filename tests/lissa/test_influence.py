@@ -1,0 +1,218 @@
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lissa import hvp, influence_scores, per_example_gradients, tree
+from lissa.influence import JVP_LIMIT
+from tests.oracles import dense_gradients, dense_hessian, flatten, unflatten
+
+
+def example_losses(params, batch):
+    """A tanh network with a linear unit that the loss of its first input alone uses."""
+    x, y = batch
+    hidden = torch.tanh(x @ params["w1"] + params["b1"])
+    return F.cross_entropy(hidden @ params["w2"], y, reduction="none") + params["c"] * x[:, 0]
+
+
+def problem(n=7, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"w1": (4, 5), "b1": (5,), "w2": (5, 3), "c": ()}
+    params = tree.normal_like({k: torch.empty(s, dtype=dtype) for k, s in shapes.items()}, generator=generator)
+    x = torch.randn(n, 4, generator=generator, dtype=dtype)
+    y = torch.randint(3, (n,), generator=generator)
+    return params, (x, y), generator
+
+
+def stacked_vectors(params, k, generator):
+    return tree.normal_like(tree.map(lambda p: p.expand(k, *p.shape), params), generator=generator)
+
+
+# Scores are sums of P products in float64: rounding is about P u |g| |x|, far below this.
+CLOSE = {"rtol": 1e-10, "atol": 1e-12}
+
+
+@pytest.mark.parametrize("method", ["auto", "jvp", "per-example-gradients"])
+@pytest.mark.parametrize("chunk_size", [None, 1, 3])
+def test_scores_are_gradients_times_ihvp(method, chunk_size):
+    params, batch, generator = problem()
+    ihvp = tree.normal_like(params, generator=generator)
+    expected = dense_gradients(example_losses, params, batch) @ flatten(ihvp)
+
+    scores = influence_scores(example_losses, params, ihvp, batch, method=method, chunk_size=chunk_size)
+    assert scores.shape == (7,)
+    torch.testing.assert_close(scores, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("method", ["auto", "jvp", "per-example-gradients"])
+@pytest.mark.parametrize("k", [1, 3, JVP_LIMIT + 1])
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_k_vectors_give_k_rows(method, k, chunk_size):
+    params, batch, generator = problem()
+    ihvps = stacked_vectors(params, k, generator)
+    expected = torch.stack([
+        dense_gradients(example_losses, params, batch) @ flatten(tree.map(lambda t, i=i: t[i], ihvps)) for i in range(k)
+    ])  # fmt: skip
+
+    scores = influence_scores(example_losses, params, ihvps, batch, method=method, chunk_size=chunk_size)
+    assert scores.shape == (k, 7)
+    torch.testing.assert_close(scores, expected, **CLOSE)
+
+
+@given(n=st.integers(1, 6), k=st.integers(1, 4), seed=st.integers(0, 10**6))
+@settings(max_examples=30, deadline=None)
+def test_both_methods_agree(n, k, seed):
+    params, batch, generator = problem(n, seed)
+    ihvps = stacked_vectors(params, k, generator)
+    by_jvp = influence_scores(example_losses, params, ihvps, batch, method="jvp")
+    by_gradients = influence_scores(example_losses, params, ihvps, batch, method="per-example-gradients")
+    torch.testing.assert_close(by_jvp, by_gradients, **CLOSE)
+
+
+def test_scores_do_not_depend_on_the_order_or_the_cut_of_the_examples():
+    params, (x, y), generator = problem(9)
+    ihvp = tree.normal_like(params, generator=generator)
+    scores = influence_scores(example_losses, params, ihvp, (x, y))
+    order = torch.randperm(9, generator=generator)
+
+    torch.testing.assert_close(influence_scores(example_losses, params, ihvp, (x[order], y[order])), scores[order])
+    parts = [influence_scores(example_losses, params, ihvp, (x[i], y[i])) for i in torch.arange(9).split(4)]
+    torch.testing.assert_close(torch.cat(parts), scores)
+
+
+def test_auto_scores_a_batch_without_rows():
+    """A batch is any object: where it cannot be cut into examples, `auto` needs no cut."""
+    params, (x, y), generator = problem()
+    ihvps = stacked_vectors(params, JVP_LIMIT + 1, generator)
+
+    class Custom:
+        inputs, labels = x, y
+
+    scores = influence_scores(lambda p, b: example_losses(p, (b.inputs, b.labels)), params, ihvps, Custom())
+    torch.testing.assert_close(scores, influence_scores(example_losses, params, ihvps, (x, y)), **CLOSE)
+
+
+def test_per_example_gradients_are_the_rows_of_the_jacobian():
+    params, batch, _ = problem()
+    gradients = per_example_gradients(example_losses, params, batch, chunk_size=2)
+    assert {k: tuple(g.shape) for k, g in gradients.items()} == {k: (7, *p.shape) for k, p in params.items()}
+    flat = torch.cat([g.reshape(7, -1) for g in gradients.values()], dim=1)
+    torch.testing.assert_close(flat, dense_gradients(example_losses, params, batch), **CLOSE)
+
+
+def test_scores_compose_with_vmap_and_jvp():
+    params, batch, generator = problem()
+    ihvps = stacked_vectors(params, 3, generator)
+    expected = influence_scores(example_losses, params, ihvps, batch)
+
+    by_vmap = torch.vmap(lambda ihvp: influence_scores(example_losses, params, ihvp, batch))(ihvps)
+    torch.testing.assert_close(by_vmap, expected, **CLOSE)
+
+    # The score is linear in the ihvp, so its derivative along a vector is the score of that vector.
+    one, other = (tree.map(lambda t, i=i: t[i], ihvps) for i in (0, 1))
+    _, derivative = torch.func.jvp(lambda ihvp: influence_scores(example_losses, params, ihvp, batch), (one,), (other,))
+    torch.testing.assert_close(derivative, expected[1], **CLOSE)
+
+
+@pytest.mark.parametrize("method", ["jvp", "per-example-gradients"])
+def test_scores_compile_to_one_graph(method):
+    params, batch, generator = problem()
+    ihvp = tree.normal_like(params, generator=generator)
+    score = partial(influence_scores, example_losses, method=method)
+    compiled = torch.compile(score, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(params, ihvp, batch), score(params, ihvp, batch), **CLOSE)
+
+
+def test_the_gradient_of_a_score_in_a_training_input_is_a_difference_quotient():
+    """Koh & Liang's perturbation influence: how the score of example i moves with its own input."""
+    params, (x, y), generator = problem()
+    ihvp = tree.normal_like(params, generator=generator)
+    direction = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+
+    def total_score(x):
+        return influence_scores(example_losses, params, ihvp, (x, y)).sum()
+
+    derivative = (torch.func.grad(total_score)(x) * direction).sum()
+    e = 1e-5
+    quotient = (total_score(x + e * direction) - total_score(x - e * direction)) / (2 * e)
+    # A central difference is off by e^2/6 times the third derivative (order 100 here) and by u |score| / e ~ 1e-10.
+    assert abs(derivative - quotient) < 1e-7
+
+
+def test_sign_and_size_predict_removal_in_closed_form():
+    """Ridge regression: one Newton step from the full fit is the leave-one-out fit of the linearised problem.
+
+    Removing example i changes the mean loss to L - loss_i / n, so the parameters move by (H - H_i / n)^-1 grad_i / n
+    and the test loss by about + score_i / n: to first order in 1 / n.
+    """
+    generator = torch.Generator().manual_seed(0)
+    n, ridge = 2000, 0.1
+    x = torch.randn(n, 3, generator=generator, dtype=torch.float64)
+    y = x @ torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64) + torch.randn(n, generator=generator).double()
+    x_test, y_test = torch.tensor([[0.5, 1.0, -1.0]], dtype=torch.float64), torch.tensor([3.0], dtype=torch.float64)
+
+    def losses(params, batch):
+        return (batch[0] @ params["w"] - batch[1]).square() / 2
+
+    def fit(rows):
+        A = x[rows].mT @ x[rows] / n + ridge * torch.eye(3, dtype=torch.float64)
+        return {"w": torch.linalg.solve(A, x[rows].mT @ y[rows] / n)}
+
+    everyone = torch.arange(n)
+    params = fit(everyone)
+    H = dense_hessian(lambda p, b: losses(p, b).mean(), params, (x, y)) + ridge * torch.eye(3, dtype=torch.float64)
+    grad_test = torch.func.grad(lambda p: losses(p, (x_test, y_test)).mean())(params)
+    ihvp = unflatten(torch.linalg.solve(H, flatten(grad_test)), params)
+    scores = influence_scores(losses, params, ihvp, (x, y))
+
+    largest = scores.abs().topk(20).indices
+    changes = torch.stack([
+        (losses(fit(everyone[everyone != i]), (x_test, y_test)) - losses(params, (x_test, y_test))).squeeze()
+        for i in largest
+    ])  # fmt: skip
+    # The neglected terms are of relative order leverage_i = x_i H^-1 x_i / n, at most 12 / 2000 here.
+    torch.testing.assert_close(scores[largest] / n, changes, rtol=0.03, atol=0)
+
+
+def test_hvp_and_scores_agree_with_the_dense_solution():
+    """The whole line: dense ihvp of the damped Hessian, then scores, equals one matrix expression."""
+    params, batch, _ = problem()
+    G = dense_gradients(example_losses, params, batch)
+
+    def loss_fn(p, b):
+        return example_losses(p, b).mean()
+
+    H = dense_hessian(loss_fn, params, batch)
+    damped = H + (1 - torch.linalg.eigvalsh(H).min()) * torch.eye(len(H), dtype=H.dtype)
+    ihvp = unflatten(torch.linalg.solve(damped, G[0]), params)
+    back = flatten(hvp(loss_fn, params, batch, ihvp)) + (damped - H) @ flatten(ihvp)
+
+    torch.testing.assert_close(back, G[0], rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(
+        influence_scores(example_losses, params, ihvp, batch), G @ torch.linalg.solve(damped, G[0]), **CLOSE
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", ["jvp", "per-example-gradients"])
+def test_scores_keep_the_dtype(dtype, method):
+    params, batch, generator = problem(dtype=dtype)
+    ihvp = tree.normal_like(params, generator=generator)
+    assert influence_scores(example_losses, params, ihvp, batch, method=method).dtype == dtype
+
+
+def test_nothing_of_the_callers_is_changed():
+    params, batch, generator = problem()
+    ihvp = tree.normal_like(params, generator=generator)
+    params["w1"].requires_grad_()
+    before = {k: p.clone() for k, p in params.items()}
+    rng = torch.get_rng_state()
+    for method in ("jvp", "per-example-gradients"):
+        influence_scores(example_losses, params, ihvp, batch, method=method)
+
+    assert torch.equal(rng, torch.get_rng_state())
+    assert all(torch.equal(before[k], params[k]) and params[k].grad is None for k in params)
+    assert [k for k in params if params[k].requires_grad] == ["w1"]
