@@ -80,9 +80,10 @@ def influence_scores(
         return torch.vmap(directional, chunk_size=chunk_size)(ihvp) if stacked else directional(ihvp)
 
     gradients = per_example_gradients(example_loss_fn, params, batch, chunk_size=chunk_size)
-    products = [gradients[k].flatten(1) @ ihvp[k].reshape(-1, params[k].numel()).mT for k in params]
-    scores = torch.stack(products).sum(0).mT
-    return scores if stacked else scores[0]
+    vectors = ihvp if stacked else tree.map(lambda t: t.unsqueeze(0), ihvp)
+    products = [_rows(vectors[k]) @ _rows(gradients[k]).mT for k in params]
+    scores = torch.stack(products).sum(0)
+    return scores if stacked else scores.squeeze(0)
 
 
 def per_example_gradients(
@@ -130,6 +131,11 @@ def _is_stacked(params: Params, ihvp: Params) -> bool:
             f"{ {k: len(t) for k, t in ihvp.items()} }."
         )
     return stacked
+
+
+def _rows(stack: Tensor) -> Tensor:
+    """`(N, *shape) -> (N, P)`."""
+    return stack.reshape(len(stack), stack[:1].numel())
 
 
 def _has_rows(batch: Batch) -> bool:
