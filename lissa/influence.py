@@ -17,7 +17,8 @@ from lissa.types import Batch, ExampleLossFn, Params
 METHODS = ("auto", "jvp", "per-example-gradients")
 
 JVP_LIMIT = 16
-"""With more vectors than this, per-example gradients and one matrix product win over one forward pass a vector."""
+"""More vectors than this are scored by per-example gradients. Where the two methods cross depends on the model: measured
+on one CPU thread, at 8 vectors for softmax regression (P = 7,850) and at 100 for a network with P = 85,000."""
 
 
 def influence_scores(
