@@ -4,12 +4,13 @@ Each builder returns a `Problem`: the same loss in every form that the library t
 from `seed` alone. `ZOO` names the builders; a new model is one builder and one entry there.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy
 
 Params = dict[str, Tensor]
 
@@ -34,11 +35,11 @@ def classification(name: str, output_fn: Callable[[Params, Any], Tensor], params
 
     def example_loss_fn(params: Params, batch: Any) -> Tensor:
         logits, labels = output_fn(params, batch), batch[-1]
-        losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
+        losses = cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
         return losses.reshape(len(labels), -1).mean(1)
 
     def output_loss_fn(logits: Tensor, batch: Any) -> Tensor:
-        return F.cross_entropy(logits.flatten(0, -2), batch[-1].flatten())
+        return cross_entropy(logits.flatten(0, -2), batch[-1].flatten())
 
     def loss_fn(params: Params, batch: Any) -> Tensor:
         return output_loss_fn(output_fn(params, batch), batch)
@@ -73,7 +74,7 @@ def mlp(
     g = torch.Generator().manual_seed(seed)
     sizes = (features, *widths, classes)
     params = {}
-    for i, (rows, columns) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for i, (rows, columns) in enumerate(itertools.pairwise(sizes)):
         params[f"{i}.weight"] = normal(g, rows, columns, dtype=dtype) / rows**0.5
         params[f"{i}.bias"] = normal(g, columns, dtype=dtype) / 4
     batch = (normal(g, batch_size, features, dtype=dtype), labels(g, batch_size, classes=classes))
