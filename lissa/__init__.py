@@ -18,7 +18,7 @@ from lissa.hvp import (
 from lissa.influence import influence_scores, per_example_gradients
 from lissa.ranking import Ranking, ranking_init, ranking_update
 from lissa.recursion import LissaState, lissa_init, lissa_update, solve_lissa
-from lissa.sampling import batch_stream, index_stream
+from lissa.sampling import batch_stream, index_stream, take
 from lissa.types import Batch, ExampleLossFn, LossFn, Params, Solution, SolverError, Status
 
 __all__ = [
@@ -49,5 +49,6 @@ __all__ = [
     "ranking_init",
     "ranking_update",
     "solve_lissa",
+    "take",
     "tree",
 ]
