@@ -4,8 +4,9 @@ Pure functions on `torch.func`. Damping is in the units of the Hessian: `solve_*
 """
 
 from lissa import tree
+from lissa.curvature import ggnvp
 from lissa.hvp import (
-    ggnvp,
+    choose_mode,
     hvp,
     hvp_auto,
     hvp_double_backward,
@@ -32,6 +33,7 @@ __all__ = [
     "SolverError",
     "Status",
     "batch_stream",
+    "choose_mode",
     "ggnvp",
     "hvp",
     "hvp_auto",

@@ -67,6 +67,28 @@ def scalar_loss(
     return checked
 
 
+def deterministic(
+    call: str, loss_fn: Callable[[Any, Any], Tensor], like: Params, name: str = "loss_fn"
+) -> Callable[[Any, Any], Tensor]:
+    """`loss_fn`, checked each time it is called to draw no random numbers on the devices of `like`."""
+    devices = {t.device for t in like.values()}
+
+    def checked(argument: Any, batch: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            return loss_fn(argument, batch)
+        before = _random_states(devices)
+        loss = loss_fn(argument, batch)
+        if any(not torch.equal(a, b) for a, b in zip(before, _random_states(devices), strict=True)):
+            raise ValueError(
+                f"`{call}({name}=...)` must be deterministic, but it drew random numbers: its derivatives would be "
+                "those of another function each time. Put the model in eval mode, which switches dropout off, or draw "
+                "the numbers before and pass them in the batch."
+            )
+        return loss
+
+    return checked
+
+
 def finite(call: str, name: str, value: Any) -> None:
     """`value` must be a finite number."""
     _number(call, name, value)
@@ -109,6 +131,11 @@ def generator(call: str, value: Any) -> None:
             f"`{call}(generator=...)` must be a torch.Generator, got {type(value).__name__}. "
             "Use torch.Generator().manual_seed(0)."
         )
+
+
+def _random_states(devices: set[torch.device]) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return states + [torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"]
 
 
 def _plain(value: Any) -> Any:

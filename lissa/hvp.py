@@ -1,21 +1,28 @@
-"""Products of curvature matrices with vectors: Hessian (one function per strategy, one signature) and Gauss-Newton.
+"""Products of the Hessian with vectors: one function per strategy, one signature.
 
-Pure functions on `torch.func` over parameter dicts. Knows losses and derivatives; knows nothing of solvers, of
-`nn.Module` or of how batches are drawn. Costs are stated in gradients: one is a forward and a backward pass.
+Pure functions over parameter dicts. Knows losses and derivatives; knows nothing of solvers, of `nn.Module` or of how
+batches are drawn.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.func import grad, jvp, vjp
 
 from lissa import checks, tree
-from lissa.kernels import twice_differentiable
-from lissa.types import Batch, LossFn, OutputFn, OutputLossFn, Params
+from lissa.failures import explained
+from lissa.kernels import DifferentiableForwardMode, twice_differentiable
+from lissa.leafwise import leafwise
+from lissa.types import Batch, LossFn, Params
 
 logger = logging.getLogger(__name__)
+
+HVP: TypeAlias = Callable[[LossFn, Params, Batch, Params], Params]
+"""A strategy: `(loss_fn, params, batch, v) -> H v`."""
 
 
 def hvp(loss_fn: LossFn, params: Params, batch: Batch, v: Params, *, mode: str = "auto") -> Params:
@@ -60,70 +67,164 @@ def hvp(loss_fn: LossFn, params: Params, batch: Batch, v: Params, *, mode: str =
     return MODES[mode](loss_fn, params, batch, v)
 
 
+def _strategy(mode: str) -> Callable[[HVP], HVP]:
+    """Makes a formula a public strategy: checks its arguments, selects kernels and explains what fails."""
+
+    def decorate(formula: HVP) -> HVP:
+        @functools.wraps(formula)
+        def strategy(loss_fn: LossFn, params: Params, batch: Batch, v: Params) -> Params:
+            checks.params("hvp", params)
+            checks.vector("hvp", params, v)
+            loss_fn = checks.deterministic("hvp", checks.scalar_loss("hvp", loss_fn), params)
+            if torch.compiler.is_compiling():  # a compiler traces neither switches nor handlers
+                return formula(loss_fn, params, batch, v)
+            try:
+                with twice_differentiable():
+                    return formula(loss_fn, params, batch, v)
+            except RuntimeError as error:
+                explanation = explained(f"hvp(mode={mode!r})", error)
+                if explanation is error:
+                    raise
+                raise explanation from error
+
+        return strategy
+
+    return decorate
+
+
+@_strategy("forward-over-reverse")
 def hvp_forward_over_reverse(loss_fn: LossFn, params: Params, batch: Batch, v: Params) -> Params:
     """`H v = d/de grad L(params + e v) at e = 0`: the directional derivative of the gradient. See `hvp`."""
-    loss = _loss_of_params(loss_fn, params, batch, v)
-    return jvp(grad(loss), (params,), (v,))[1]
+
+    def gradient(params: Params) -> Params:
+        return _all_dense(grad(loss_fn)(params, batch))
+
+    return jvp(gradient, (params,), (v,))[1]
 
 
+@_strategy("reverse-over-reverse")
 def hvp_reverse_over_reverse(loss_fn: LossFn, params: Params, batch: Batch, v: Params) -> Params:
     """`H v = d/dparams <grad L(params), v>`: the gradient pulled back, as `H` is symmetric. See `hvp`."""
-    loss = _loss_of_params(loss_fn, params, batch, v)
-    pullback = vjp(grad(loss), params)[1]
+
+    def gradient(params: Params) -> Params:
+        return _all_dense(grad(loss_fn)(params, batch))
+
+    pullback = vjp(gradient, params)[1]
     return pullback(v)[0]
 
 
+@_strategy("reverse-over-forward")
 def hvp_reverse_over_forward(loss_fn: LossFn, params: Params, batch: Batch, v: Params) -> Params:
     """`H v = d/dparams (d/de L(params + e v))`: the gradient of the directional derivative. See `hvp`."""
-    loss = _loss_of_params(loss_fn, params, batch, v)
-    return grad(lambda p: jvp(loss, (p,), (v,))[1])(params)
+
+    def directional_derivative(params: Params) -> Tensor:
+        return jvp(lambda p: loss_fn(p, batch), (params,), (v,))[1]
+
+    with DifferentiableForwardMode():
+        return _all_dense(grad(directional_derivative)(params))
 
 
+@_strategy("double-backward")
 def hvp_double_backward(loss_fn: LossFn, params: Params, batch: Batch, v: Params) -> Params:
     """`H v = d/dparams <grad L(params), v>` by `torch.autograd.grad` twice on leaf copies. See `hvp`."""
-    loss = _loss_of_params(loss_fn, params, batch, v)
-    leaves = tree.map(lambda p: p.detach().requires_grad_(), params)
-    with torch.enable_grad():
-        product = hvp_of_graph(loss(leaves), tuple(leaves.values()), tuple(v[k] for k in leaves))
-    return dict(zip(leaves, product, strict=True))
+
+    def prepare(params: Params, batch: Batch, count: int) -> Callable[[Params], Params]:
+        leaves = tree.map(lambda p: p.detach().requires_grad_(), params)
+        with torch.enable_grad():
+            grads = gradient_of_graph(loss_fn(leaves, batch), tuple(leaves.values()))
+
+        def product(v: Params) -> Params:
+            parts = pull_back(grads, tuple(leaves.values()), tuple(v[k] for k in leaves), retain_graph=count > 1)
+            return dict(zip(leaves, parts, strict=True))
+
+        return product
+
+    return leafwise("hvp(mode='double-backward')", prepare, params, batch, v)
 
 
+@_strategy("finite-difference")
 def hvp_finite_difference(loss_fn: LossFn, params: Params, batch: Batch, v: Params) -> Params:
     """`H v ~ (grad L(params + e v) - grad L(params - e v)) / 2e` with `e = u^(1/3) (1 + |params|) / |v|`. See `hvp`.
 
     With `u` the unit roundoff, truncation `e^2 |v|^3 |L''''| / 6` and cancellation `u |grad L| / e` balance at about
     `u^(2/3)`, the best a central difference can do (Nocedal & Wright, Numerical Optimization, section 8.1).
     """
-    loss = _loss_of_params(loss_fn, params, batch, v)
-    unit_roundoff = max(torch.finfo(p.dtype).eps for p in params.values()) / 2
-    length = tree.norm(v)
-    length = torch.where(length == 0, torch.ones_like(length), length)
-    e = unit_roundoff ** (1 / 3) * (1 + tree.norm(params)) / length
-    ahead, behind = (grad(loss)(tree.add_scaled(params, sign * e, v)) for sign in (1, -1))
-    return tree.scale(1 / (2 * e), tree.sub(ahead, behind))
+
+    def prepare(params: Params, batch: Batch, count: int) -> Callable[[Params], Params]:
+        unit_roundoff = max(torch.finfo(p.dtype).eps for p in params.values()) / 2
+        step_length = unit_roundoff ** (1 / 3) * (1 + tree.norm(params))
+
+        def gradient(params: Params) -> Params:
+            leaves = tree.map(lambda p: p.detach().requires_grad_(), params)
+            with torch.enable_grad():
+                loss = loss_fn(leaves, batch)
+            grads = torch.autograd.grad(loss, tuple(leaves.values()), materialize_grads=True)
+            return dict(zip(leaves, map(_dense, grads), strict=True))
+
+        def product(v: Params) -> Params:
+            length = tree.norm(v)
+            e = step_length / torch.where(length == 0, torch.ones_like(length), length)
+            ahead, behind = (gradient(tree.add_scaled(params, sign * e, v)) for sign in (1, -1))
+            return tree.scale(1 / (2 * e), tree.sub(ahead, behind))
+
+        return product
+
+    return leafwise("hvp(mode='finite-difference')", prepare, params, batch, v)
 
 
 def hvp_auto(loss_fn: LossFn, params: Params, batch: Batch, v: Params) -> Params:
-    """`H v` by the first strategy that runs, on kernels that can be differentiated twice. See `hvp`."""
+    """`H v` by the first strategy that runs. See `hvp`."""
     if torch.compiler.is_compiling():  # a compiler traces one strategy; it cannot trace a retry
         return hvp_reverse_over_reverse(loss_fn, params, batch, v)
+    return _first_that_runs(loss_fn, params, batch, v)[1]
+
+
+def choose_mode(loss_fn: LossFn, params: Params, batch: Batch) -> str:
+    """The mode that `"auto"` comes to for this loss: the first that runs. Choose once, then multiply many times.
+
+    `hvp(mode="auto")` starts from the first mode on every call, and pays for each failure again. The choice holds for
+    the kind of loss, not for one batch: pass a typical one.
+
+    Args:
+        loss_fn: `loss_fn(params, batch) -> ()`, the mean loss.
+        params: Where the Hessian is taken.
+        batch: Passed to `loss_fn` as it is.
+
+    Returns:
+        A mode of `hvp`, not `"auto"`.
+
+    Raises:
+        ValueError: If the loss is not a scalar.
+        TypeError: If `params` is not a dict of floating-point tensors.
+        NotImplementedError: If no mode runs.
+
+    Example:
+        >>> choose_mode(lambda params, x: (params["w"] * x).exp().mean(), {"w": torch.ones(3)}, torch.ones(3))
+        'reverse-over-reverse'
+    """
+    checks.params("choose_mode", params)
+    return _first_that_runs(loss_fn, params, batch, tree.zeros_like(params))[0]
+
+
+def _first_that_runs(loss_fn: LossFn, params: Params, batch: Batch, v: Params) -> tuple[str, Params]:
     errors: list[Exception] = []
-    with twice_differentiable():
-        for strategy in _AUTO_ORDER:
-            try:
-                product = strategy(loss_fn, params, batch, v)
-            except (RuntimeError, NotImplementedError) as error:
-                errors.append(error)
-                continue
-            if errors:
-                logger.warning("hvp(mode='auto') fell back to %s, because: %s", strategy.__name__, errors[0])
-            return product
+    for mode in _AUTO_ORDER:
+        try:
+            product = MODES[mode](loss_fn, params, batch, v)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            errors.append(error)
+            continue
+        if errors:
+            _say_once(f"hvp(mode='auto') uses mode={mode!r}, because: {errors[0]}")
+        return mode, product
     raise errors[0]
 
 
-_AUTO_ORDER = (hvp_reverse_over_reverse, hvp_double_backward, hvp_forward_over_reverse, hvp_finite_difference)
+_AUTO_ORDER = ("reverse-over-reverse", "double-backward", "forward-over-reverse", "finite-difference")
 
-MODES = {
+MODES: dict[str, HVP] = {
     "auto": hvp_auto,
     "forward-over-reverse": hvp_forward_over_reverse,
     "reverse-over-reverse": hvp_reverse_over_reverse,
@@ -132,6 +233,11 @@ MODES = {
     "finite-difference": hvp_finite_difference,
 }
 """The strategies by name. Each has the signature `(loss_fn, params, batch, v) -> H v`."""
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
 
 
 def hvp_of_graph(loss: Tensor, params: Sequence[Tensor], vectors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -150,65 +256,36 @@ def hvp_of_graph(loss: Tensor, params: Sequence[Tensor], vectors: Sequence[Tenso
         >>> hvp_of_graph((x**3).sum(), [x], [torch.tensor([1.0, 10.0])])
         (tensor([  6., 120.]),)
     """
-    zeros = tuple(torch.zeros_like(p) for p in params)
+    return pull_back(gradient_of_graph(loss, params), params, vectors, retain_graph=False)
+
+
+def gradient_of_graph(loss: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """`grad L`, dense and with its own graph, so that it can be differentiated again."""
     if not loss.requires_grad:
-        return zeros
-    grads = torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)
+        return tuple(torch.zeros_like(p) for p in params)
+    return tuple(map(_dense, torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)))
+
+
+def pull_back(
+    grads: Sequence[Tensor], params: Sequence[Tensor], vectors: Sequence[Tensor], *, retain_graph: bool
+) -> tuple[Tensor, ...]:
+    """`d/dparams <grads, v>`; zeros where the gradient does not depend on the parameters."""
     curved = [(g, v) for g, v in zip(grads, vectors, strict=True) if g.requires_grad]
     if not curved:
-        return zeros
+        return tuple(torch.zeros_like(p) for p in params)
     outputs, cotangents = zip(*curved, strict=True)
-    return torch.autograd.grad(outputs, params, cotangents, materialize_grads=True)
+    products = torch.autograd.grad(outputs, params, cotangents, retain_graph=retain_graph, materialize_grads=True)
+    return tuple(map(_dense, products))
 
 
-def ggnvp(output_fn: OutputFn, output_loss_fn: OutputLossFn, params: Params, batch: Batch, v: Params) -> Params:
-    """`G v = J^T H_out J v`: the generalised Gauss-Newton matrix, for a loss `output_loss_fn(output_fn(params))`.
-
-    `J` is the Jacobian of the outputs in the parameters and `H_out` the Hessian of the loss in the outputs. `G` is
-    positive semidefinite where the loss is convex in the outputs, and equals the Hessian where the outputs are linear
-    in the parameters. Cost: about two gradients.
-
-    Args:
-        output_fn: `output_fn(params, batch) -> outputs`, one tensor of any shape.
-        output_loss_fn: `output_loss_fn(outputs, batch) -> ()`, the mean loss.
-        params: Where the matrix is taken.
-        batch: Passed to both functions as it is.
-        v: The vector, with the keys, shapes, dtypes and devices of `params`.
-
-    Returns:
-        `G v`, shaped like `params`.
-
-    Raises:
-        ValueError: If `v` does not match `params`, or the loss is not a scalar.
-        TypeError: If `params` or `v` is not a dict of floating-point tensors of the same dtypes.
-
-    Example:
-        >>> x = torch.tensor([[1.0, 2.0]])
-        >>> def outputs(params, x):
-        ...     return x @ params["w"]
-        >>> def squared_error(outputs, x):
-        ...     return outputs.square().mean()
-        >>> ggnvp(outputs, squared_error, {"w": torch.zeros(2)}, x, {"w": torch.tensor([1.0, 0.0])})
-        {'w': tensor([2., 4.])}
-
-    Source: N. N. Schraudolph, Fast curvature matrix-vector products, Neural Computation 14 (2002), section 3.
-    """
-    checks.params("ggnvp", params)
-    checks.vector("ggnvp", params, v)
-    output_loss = checks.scalar_loss("ggnvp", output_loss_fn, "output_loss_fn")
-
-    def model(params: Params) -> Tensor:
-        return output_fn(params, batch)
-
-    J_v = jvp(model, (params,), (v,))[1]
-    outputs, J_transposed = vjp(model, params)[:2]
-    H_J_v = jvp(grad(lambda z: output_loss(z, batch)), (outputs,), (J_v,))[1]
-    return J_transposed(H_J_v)[0]
+def _all_dense(gradient: Params) -> Params:
+    """`gradient`, an error if any of it is sparse: torch.func would lose it on the way to a second derivative."""
+    for key, t in gradient.items():
+        if t.layout != torch.strided:
+            raise NotImplementedError(f"sparse gradient at {key!r}")
+    return gradient
 
 
-def _loss_of_params(loss_fn: LossFn, params: Params, batch: Batch, v: Params) -> Callable[[Params], Tensor]:
-    """`params -> loss_fn(params, batch)`, after the checks that all strategies share."""
-    checks.params("hvp", params)
-    checks.vector("hvp", params, v)
-    scalar_loss = checks.scalar_loss("hvp", loss_fn)
-    return lambda p: scalar_loss(p, batch)
+def _dense(t: Tensor) -> Tensor:
+    """`t` itself, or all its entries if it is sparse, as the gradients of Embedding(sparse=True) are."""
+    return t if t.layout == torch.strided else t.to_dense()

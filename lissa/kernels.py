@@ -1,20 +1,28 @@
 """Selects kernels that can be differentiated twice, inside a `with` block only.
 
-Knows torch's switches; knows nothing of losses or products. Some of torch's fastest kernels have no second derivative:
-fused `scaled_dot_product_attention`, and the inference fast path of `nn.MultiheadAttention` and
-`nn.TransformerEncoderLayer`. Their plain counterparts compute the same function.
+Knows torch's switches and its operations; knows nothing of losses or products. Some of torch's fastest kernels have no
+second derivative, and some forward-mode formulas are not differentiable although torch differentiates them without a
+word. Their plain counterparts compute the same function.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
-    """Switches attention to kernels with a second derivative, and back on exit, also after an error."""
+    """Switches attention and RNNs to kernels with a second derivative, and back on exit, also after an error.
+
+    Switched off are fused `scaled_dot_product_attention`, the inference fast path of `nn.MultiheadAttention` and
+    `nn.TransformerEncoderLayer`, and cuDNN.
+    """
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -22,3 +30,99 @@ def twice_differentiable() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+class DifferentiableForwardMode(TorchFunctionMode):
+    """Inside it, derivatives of forward-mode derivatives are right, or an error names the operation.
+
+    The forward-mode formulas of torch's normalisation layers, determinants and solvers use results of the forward pass
+    (a mean, a factorisation) as if they were constants. The directional derivative is right, its gradient is not: for
+    LayerNorm it misses the terms through mean and variance. Layer and group norm are computed here from their formula;
+    the others are refused.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Replaces, refuses or calls `func`."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if func in (functional.layer_norm, torch.layer_norm):
+            return _layer_norm(*args, **kwargs)
+        if func in (functional.group_norm, torch.group_norm):
+            return _group_norm(*args, **kwargs)
+        if name in _FORWARD_MODE_NOT_DIFFERENTIABLE and not _uses_stored_statistics(func, args, kwargs):
+            raise NotImplementedError(f"derivative for the forward-mode derivative of {name} is not implemented")
+        return func(*args, **kwargs)
+
+
+_FORWARD_MODE_NOT_DIFFERENTIABLE = frozenset(
+    {
+        "batch_norm",
+        "instance_norm",
+        "native_layer_norm",
+        "native_group_norm",
+        "native_batch_norm",
+        "_native_batch_norm_legit",
+        "_batch_norm_with_update",
+        "det",
+        "logdet",
+        "slogdet",
+        "linalg_det",
+        "linalg_slogdet",
+        "linalg_solve",
+        "linalg_solve_ex",
+        "linalg_tensorsolve",
+        "linalg_eigh",
+        "linalg_householder_product",
+        "triangular_solve",
+        "cumprod",
+        "cumprod_",
+        "scatter_reduce",
+        "scatter_reduce_",
+        "_safe_softmax",
+    }
+)
+"""Found by comparing, for every operation of torch 2.13, the product in all modes with a difference of gradients."""
+
+
+def _uses_stored_statistics(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether `func` is a batch norm in eval mode, an affine map, whose forward mode is sound."""
+    if func not in (functional.batch_norm, torch.batch_norm):
+        return False
+    return not (kwargs["training"] if "training" in kwargs else len(args) > 5 and args[5])
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    dims = tuple(range(-len(normalized_shape), 0))
+    normal = _standardised(input, dims, eps)
+    normal = normal if weight is None else normal * weight
+    return normal if bias is None else normal + bias
+
+
+def _group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    groups = input.reshape(input.shape[0], num_groups, -1)
+    normal = _standardised(groups, (-1,), eps).reshape(input.shape)
+    per_channel = (-1,) + (1,) * (input.ndim - 2)
+    normal = normal if weight is None else normal * weight.reshape(per_channel)
+    return normal if bias is None else normal + bias.reshape(per_channel)
+
+
+def _standardised(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
+    """`(x - mean) / sqrt(variance + eps)` over `dims`."""
+    centred = x - x.mean(dims, keepdim=True)
+    return centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()

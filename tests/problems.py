@@ -336,7 +336,7 @@ def normalised(
 
 
 class Branching(nn.Module):
-    """Takes one of two ways, by the data and by its own parameters, and writes some results in place."""
+    """Takes one of two ways, by the data and by its own parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -362,7 +362,7 @@ class InPlace(nn.Module):
         self.a, self.out = nn.Linear(5, 4), nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = functional.relu(self.a(x) ** 2, inplace=True)
+        h = self.a(x) ** 2
         h += 1.0
         rows = torch.zeros_like(h)
         rows[:, 1:] = h[:, 1:] * 2.0

@@ -191,7 +191,7 @@ def test_does_not_depend_on_grad_mode(mode):
     assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("mode", [*FUNCTIONAL_MODES, "finite-difference"])
+@pytest.mark.parametrize("mode", list(MODES))
 @given(problem=any_problem, seed=seeds, count=st.integers(1, 4))
 @settings(max_examples=20)
 def test_vmap_over_vectors_gives_each_product(mode, problem, seed, count):
@@ -210,7 +210,7 @@ def test_vmap_over_vectors_gives_each_product(mode, problem, seed, count):
         assert (got - one).norm() <= rtol * (one.norm() + scale_of(problem))
 
 
-@pytest.mark.parametrize("mode", FUNCTIONAL_MODES)
+@pytest.mark.parametrize("mode", EXACT_MODES)
 def test_vmap_over_batches_gives_each_product(mode):
     problem = problems.mlp(batch_size=6)
     v = random_vector(problem)
@@ -221,6 +221,75 @@ def test_vmap_over_batches_gives_each_product(mode):
     for i in range(2):
         one = hvp(problem.loss_fn, problem.params, tuple(t[i] for t in halves), v, mode=mode)
         assert relative_error(flatten({k: t[i] for k, t in stacked.items()}), flatten(one)) <= 1e-12
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize("in_dim", [0, 1])
+def test_vmap_nests_and_takes_any_dimension(mode, in_dim):
+    problem = problems.mlp()
+    vectors = {k: t.unflatten(0, (2, 3)) for k, t in random_vectors(problem, 6).items()}
+
+    def product(v):
+        return hvp(problem.loss_fn, problem.params, problem.batch, v, mode=mode)
+
+    stacked = torch.vmap(torch.vmap(product), in_dims=in_dim, out_dims=in_dim)(vectors)
+
+    rtol = 1e-8 if mode == "finite-difference" else 1e-12
+    for i in range(2):
+        for j in range(3):
+            one = flatten(product({k: t[i, j] for k, t in vectors.items()}))
+            assert relative_error(flatten({k: t[i, j] for k, t in stacked.items()}), one) <= rtol
+
+
+@pytest.mark.parametrize("mode", ["double-backward", "finite-difference"])
+@pytest.mark.parametrize("transform", ["grad", "jvp", "backward"])
+def test_a_mode_that_leaves_the_graph_says_so_when_differentiated(mode, transform):
+    problem, v = problems.mlp(), random_vector(problems.mlp())
+
+    def size(v):
+        return tree.norm(hvp(problem.loss_fn, problem.params, problem.batch, v, mode=mode))
+
+    differentiate = {
+        "grad": lambda: grad(size)(v),
+        "jvp": lambda: jvp(size, (v,), (v,)),
+        "backward": lambda: size(tree.map(lambda t: t.requires_grad_(), v)).backward(),
+    }[transform]
+    with pytest.raises(NotImplementedError, match=rf"`hvp\(mode='{mode}'\)` cannot itself be .* Use mode="):
+        differentiate()
+
+
+def test_a_loss_that_draws_random_numbers_is_refused():
+    problem, v = problems.mlp(), random_vector(problems.mlp())
+
+    def with_dropout(params, batch):
+        inputs, labels = batch
+        return problem.loss_fn(params, (torch.nn.functional.dropout(inputs, 0.5, training=True), labels))
+
+    for mode in MODES:
+        with pytest.raises(ValueError, match=r"`hvp\(loss_fn=...\)` must be deterministic.* eval mode"):
+            hvp(with_dropout, problem.params, problem.batch, v, mode=mode)
+
+
+def test_a_loss_that_changes_buffers_is_refused_before_it_does():
+    module = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.BatchNorm1d(4)).double().train()
+    params = {k: p.detach().clone() for k, p in module.named_parameters()}
+    before = {k: b.clone() for k, b in module.named_buffers()}
+    x = problems.normal(torch.Generator().manual_seed(0), 6, 5, dtype=torch.float64)
+
+    def loss_fn(params, x):
+        return torch.func.functional_call(module, params, x).square().mean()
+
+    for mode in ("auto", "forward-over-reverse", "reverse-over-reverse", "reverse-over-forward"):
+        with pytest.raises(ValueError, match=r"BatchNorm in train mode.* eval mode"):
+            hvp(loss_fn, params, x, random_like(params), mode=mode)
+        assert all(torch.equal(b, before[k]) for k, b in module.named_buffers())
+
+
+def test_errors_of_the_loss_itself_are_passed_on():
+    problem = problems.softmax_regression()
+
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        hvp(problem.loss_fn, problem.params, (torch.ones(2, 9).double(), problem.batch[1]), random_vector(problem))
 
 
 @pytest.mark.parametrize("mode", FUNCTIONAL_MODES)
@@ -364,6 +433,10 @@ def test_bad_arguments_are_named(case, mode):
 def scale_of(problem):
     """The size that rounding is relative to where a product happens to be small: |H|, and 1 for what cancels in it."""
     return 1 + dense_hessian(problem.loss_fn, problem.params, problem.batch).norm().item()
+
+
+def random_like(params):
+    return {k: problems.normal(torch.Generator().manual_seed(1), *p.shape, dtype=p.dtype) for k, p in params.items()}
 
 
 def flatten_parts(parts):
