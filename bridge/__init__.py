@@ -1,0 +1,27 @@
+"""Influence functions for models and datasets: AllenNLP's `SimpleInfluence`, on pure functions.
+
+Everything that knows modules, instances, files and screens; the numerics are in `lissa`.
+"""
+
+from bridge.data import DataLoader, DatasetReader, Instance, Lazy, SimpleDataLoader
+from bridge.diagnostics import Diagnostics, InfluenceWarning
+from bridge.interpreter import BothEnds, InfluenceInterpreter, InstanceInfluence, InstanceWithGrads, InterpretOutput
+from bridge.simple_influence import SimpleInfluence, get_hvp, get_inverse_hvp_lissa
+
+__all__ = [
+    "BothEnds",
+    "DataLoader",
+    "DatasetReader",
+    "Diagnostics",
+    "InfluenceInterpreter",
+    "InfluenceWarning",
+    "Instance",
+    "InstanceInfluence",
+    "InstanceWithGrads",
+    "InterpretOutput",
+    "Lazy",
+    "SimpleDataLoader",
+    "SimpleInfluence",
+    "get_hvp",
+    "get_inverse_hvp_lissa",
+]

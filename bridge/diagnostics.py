@@ -1,0 +1,113 @@
+"""What was solved, in numbers and in words, and a warning where the result means little.
+
+Knows the numbers of a solve; knows nothing of how they came about.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lissa import Status
+
+ACCURATE = 0.1
+"""Relative residuals above this make scores that are wrong in their first digit."""
+
+PLAIN_GRADIENT = 0.999
+"""Above this cosine, the inverse Hessian did nothing: scores are gradient dot products."""
+
+
+class InfluenceWarning(UserWarning):
+    """The scores mean less than they seem to; the text gives the measured numbers and what to change."""
+
+
+class Diagnostics(NamedTuple):
+    """What is known of the solves `(H + damping I) x = v` of one call, one entry for each right-hand side.
+
+    Attributes:
+        damping: In the units of the Hessian (AllenNLP's `damping` times `scale`).
+        scale: The step size is `1 / scale`.
+        steps: LiSSA steps of one sample.
+        num_samples: Runs averaged.
+        examples: Training examples.
+        batch_size: Training examples a step.
+        status: A `lissa.Status` for each right-hand side.
+        relative_residual: `|v - (H + damping I) x| / |v|` on the full training data; NaN if not measured.
+        cosine_with_gradient: Cosine of the angle between `x` and `v`; 1 if the inverse Hessian changed nothing.
+    """
+
+    damping: float
+    scale: float
+    steps: int
+    num_samples: int
+    examples: int
+    batch_size: int
+    status: Tensor
+    relative_residual: Tensor
+    cosine_with_gradient: Tensor
+
+    def in_words(self) -> str:
+        """What was solved and what to think of it."""
+        runs = "run" if self.num_samples == 1 else "runs"
+        lines = [
+            f"Solved (H + damping I) x = v with an effective damping of {self.damping:g} and scale {self.scale:g}, "
+            f"in {self.num_samples} {runs} of {self.steps} LiSSA steps of {self.batch_size} of {self.examples} "
+            f"training examples, for {len(self.status)} right-hand sides."
+        ]
+        if len(self.status) and not self.relative_residual.isnan().all():
+            verdict = "they are solved" if float(self.relative_residual.max()) <= ACCURATE else "they are not solved"
+            lines.append(f"Relative residual on the full training data: {_span(self.relative_residual)}: {verdict}.")
+        if len(self.status):
+            lines.append(f"Cosine between x and the plain gradient: {_span(self.cosine_with_gradient, '.6f')}.")
+        return " ".join(lines + self.problems())
+
+    def problems(self) -> list[str]:
+        """One sentence for each reason to distrust the scores; none if there is none."""
+        found = []
+        if not len(self.status):
+            return found
+        if self.steps == 0:
+            found.append(
+                f"No LiSSA step was taken: recursion_depth is a fraction of the {-(-self.examples // self.batch_size)} "
+                f"batches ({self.examples} examples in batches of {self.batch_size}) and rounds down to 0. "
+                "Give recursion_depth as an int, a number of steps."
+            )
+        plain = int((self.cosine_with_gradient >= PLAIN_GRADIENT).sum())
+        if plain:
+            found.append(
+                f"For {plain} of {len(self.status)} right-hand sides the result points along the plain gradient "
+                f"(cosine {_span(self.cosine_with_gradient, '.6f')}): scores are gradient dot products, the Hessian "
+                f"plays no part, because the effective damping (damping * scale = {self.damping:g}) is far above the "
+                "Hessian or too few steps were taken. Lower the damping (give it as `ridge`, in the units of the "
+                "Hessian) and take about 2 * scale / ridge steps."
+            )
+        poor = int((self.relative_residual > ACCURATE).sum())
+        if poor:
+            found.append(
+                f"For {poor} of {len(self.status)} right-hand sides the relative residual on the full training data is "
+                f"above {ACCURATE:g} ({_span(self.relative_residual)}): the system is not solved. Take more steps "
+                "(recursion_depth), average more runs (num_samples), or use larger batches (lissa_batch_size)."
+            )
+        return found
+
+
+def joined(parts: list[Diagnostics]) -> Diagnostics:
+    """The diagnostics of several groups of right-hand sides of one call."""
+    tensors = ("status", "relative_residual", "cosine_with_gradient")
+    return parts[0]._replace(**{name: torch.cat([getattr(part, name) for part in parts]) for name in tensors})
+
+
+def failure_advice(worst: Status, damping: float, scale: float) -> str:
+    """What a failed solve means in terms of the arguments of `SimpleInfluence`."""
+    what = f"LiSSA with scale={scale:g} and an effective damping of {damping:g} ended {worst.name}. {worst.explanation}"
+    if worst is Status.DIVERGED:
+        what += (
+            f" Here: raise `scale` above {scale:g}, keeping the damping by giving it as `ridge={damping:g}`; "
+            f"or raise the damping, `ridge` above {damping:g}."
+        )
+    return what
+
+
+def _span(values: Tensor, spec: str = ".2g") -> str:
+    low, high = float(values.min()), float(values.max())
+    return f"{low:{spec}}" if len(values) == 1 or low == high else f"{low:{spec}} to {high:{spec}}"

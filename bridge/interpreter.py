@@ -1,0 +1,439 @@
+"""`InfluenceInterpreter`: instances in, ranked training instances out. How `H^-1 v` is found is left to subclasses.
+
+Knows instances, files read through readers, and which training example is which; knows nothing of solvers.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bridge import settings, strategies
+from bridge.data import CollateFn, DatasetReader, Instance, Lazy, LazyLoader, SimpleDataLoader, collate, is_sequence
+from bridge.functional import OutputLoss, evaluation, functional, used_names
+from bridge.registry import Registrable
+from bridge.session import Session, check_finite
+from lissa import Params, checks, ranking_init, ranking_update, tree
+
+SCORE_BATCH_SIZE = 128
+"""Training examples scored together unless told otherwise."""
+
+SELF_BATCH_SIZE = 512
+"""Most training examples whose self-influence is solved for together."""
+
+Solve = Callable[[Params], Params]
+"""`K stacked test gradients -> K stacked (H + damping I)^-1 v`."""
+
+
+class InstanceInfluence(NamedTuple):
+    """A training instance, its loss, and its influence score.
+
+    The score is `+ grad_train . (H + damping I)^-1 grad_test`, not divided by the number n of training examples.
+    Positive = helpful: without this instance the test loss would be about `score / n` higher.
+    """
+
+    instance: Any
+    loss: float
+    score: float
+
+
+class InterpretOutput(NamedTuple):
+    """A test instance, its loss, and the training instances with the largest scores, largest first."""
+
+    test_instance: Any
+    loss: float
+    top_k: list[InstanceInfluence]
+
+
+class BothEnds(NamedTuple):
+    """A test instance, its loss, and both ends of the ranking: most helpful first, most harmful first."""
+
+    test_instance: Any
+    loss: float
+    most_helpful: list[InstanceInfluence]
+    most_harmful: list[InstanceInfluence]
+
+
+class InstanceWithGrads(NamedTuple):
+    """A training instance, its loss, and its gradients in the order of `used_params`."""
+
+    instance: Any
+    loss: float
+    grads: Sequence[Tensor]
+
+
+class InfluenceInterpreter(Registrable):
+    """Ranks training instances by their influence on the loss of test instances.
+
+    Subclasses implement `_solver`. Nothing of the model that is passed in changes, nor any global random state.
+
+    Args:
+        model: Called as `model(**batch)`, it returns a mapping (or an object) with a scalar mean `"loss"`; with
+            `loss_fn`, called as `model(x)`.
+        train_data_path: What the reader reads.
+        train_dataset_reader: Has `read(path)`, which yields instances.
+        test_dataset_reader: For `interpret_from_file`; the default is the train reader.
+        train_data_loader: A `Lazy` that constructs a data loader; of that only its instances are used.
+        test_data_loader: The same for `interpret_from_file`.
+        params_to_freeze: Regular expressions; parameters whose names begin with a match are treated as constants.
+        cuda_device: -1 is the CPU, i >= 0 that GPU, None where the model is. The model itself is not moved.
+        loss_fn: `loss_fn(model(x), y) -> ()`, the mean loss, for instances that are `(x, y)` pairs.
+        collate_fn: Makes a batch of a list of instances.
+        progress: Whether work that takes more than a second shows a bar.
+        score_batch_size: Training examples scored together.
+
+    Raises:
+        ValueError: If there are no training instances or every parameter is frozen.
+        TypeError: If an argument is of the wrong type.
+    """
+
+    default_implementation: ClassVar[str] = "simple-influence"
+    _keep_rng = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_data_path: Any,
+        train_dataset_reader: DatasetReader,
+        *,
+        test_dataset_reader: DatasetReader | None = None,
+        train_data_loader: LazyLoader = Lazy(SimpleDataLoader.from_dataset_reader),  # noqa: B008
+        test_data_loader: LazyLoader = Lazy(SimpleDataLoader.from_dataset_reader),  # noqa: B008
+        params_to_freeze: list[str] | None = None,
+        cuda_device: int | torch.device | None = -1,
+        loss_fn: OutputLoss | None = None,
+        collate_fn: CollateFn | None = None,
+        progress: bool = True,
+        score_batch_size: int = SCORE_BATCH_SIZE,
+    ):
+        call = type(self).__name__
+        self._candidates = settings.trainable_names(call, model, params_to_freeze)
+        self.device = settings.device_of(call, cuda_device, model)
+        checks.count(call, "score_batch_size", score_batch_size)
+        for name, value in (("loss_fn", loss_fn), ("collate_fn", collate_fn)):
+            if value is not None and not callable(value):
+                raise TypeError(f"`{call}({name}=...)` must be callable, got {type(value).__name__}.")
+        self.model = model
+        self.vocab = getattr(model, "vocab", None)
+        self.progress = progress
+        self._loss_fn = loss_fn
+        self._score_batch_size = score_batch_size
+        self._collate = partial(collate, vocab=self.vocab, collate_fn=collate_fn)
+        self._test_reader = test_dataset_reader or train_dataset_reader
+        self._test_loader = test_data_loader
+        self._used_names: list[str] | None = None
+        self._scan_batch_size = 1
+        self._train = self._read(train_data_loader, train_dataset_reader, train_data_path)
+        if not len(self._train):
+            raise ValueError(f"`{call}`: no training instances in {_shown(train_data_path)}.")
+
+    # ------------------------------------------------------------------ what is asked for
+
+    def interpret(self, test_instance: Any, k: int = 20) -> InterpretOutput:
+        """The `k` training instances with the largest influence scores on one test instance.
+
+        Args:
+            test_instance: With its label: influence is on its loss.
+            k: How many; all there are if there are fewer.
+
+        Returns:
+            The test instance, its loss, and `top_k`: by signed score, largest (most helpful) first.
+
+        Raises:
+            ValueError: If `k` < 0, or an instance has no loss or a loss that is not finite.
+            lissa.SolverError: If the solve fails.
+        """
+        return self.interpret_instances([test_instance], k)[0]
+
+    def interpret_instances(self, test_instances: Iterable[Any], k: int = 20) -> list[InterpretOutput]:
+        """`interpret` for many test instances at once: they share each LiSSA batch, and their order has no effect."""
+        return [InterpretOutput(*row[:3]) for row in self._both_ends("interpret_instances", test_instances, k)]
+
+    def interpret_from_file(self, test_data_path: Any, k: int = 20) -> list[InterpretOutput]:
+        """`interpret_instances` for what the test reader reads from a path."""
+        return self.interpret_instances(self._read(self._test_loader, self._test_reader, test_data_path), k)
+
+    def interpret_both_ends(self, test_instances: Iterable[Any], k: int = 20) -> list[BothEnds]:
+        """`interpret_instances` with the `k` most harmful training instances (smallest scores first) as well."""
+        return self._both_ends("interpret_both_ends", test_instances, k)
+
+    def scores(self, test_instances: Iterable[Any]) -> Tensor:
+        """All scores, shape `(T, n)`: a row for each test instance, a column for each training instance, on the CPU."""
+        tests = self._listed("scores", test_instances)
+        with self._session() as session:
+            session.losses("test", tests, range(len(tests)))
+            blocks = []
+            for ihvps in self._solved(session, tests):
+                block = torch.zeros(strategies.length(ihvps), len(self._train))
+                for indices, scores in self._train_scores(session, ihvps):
+                    block = block.to(scores.dtype)
+                    block[:, indices] = scores.cpu()
+                blocks.append(block)
+        return torch.cat(blocks) if blocks else torch.zeros(0, len(self._train))
+
+    def inverse_hvps(self, test_instances: Iterable[Any]) -> Params:
+        """`(H + damping I)^-1 grad_test` of each test instance, stacked: tensors of shape `(T, *shape)`."""
+        tests = self._listed("inverse_hvps", test_instances)
+        with self._session() as session:
+            session.losses("test", tests, range(len(tests)))
+            none = {name: p.new_zeros(0, *p.shape) for name, p in session.model.params.items()}
+            groups = [none, *self._solved(session, tests)]
+        return {name: torch.cat([group[name] for group in groups]) for name in none}
+
+    def self_influence(self) -> Tensor:
+        """`score_i = + grad_i . (H + damping I)^-1 grad_i` for each training instance, shape `(n,)`, on the CPU.
+
+        Each training instance is its own test instance. Large values single out unusual examples: mislabelled ones,
+        outliers. All of them are solved for with the same LiSSA batches.
+
+        Raises:
+            ValueError: If the loss of a training instance is missing or not finite.
+            lissa.SolverError: If the solve fails.
+        """
+        found: dict[int, float] = {}
+        with self._session() as session:
+            solve = self._solver(session)
+            gradients = strategies.gradients(session.model)
+            size = min(SELF_BATCH_SIZE, self._vectors_at_once(session))
+            for indices, stack in session.examples(self._train, size=size, description="self-influence"):
+                with session.naming("training", self._train, indices):
+                    vectors = gradients(stack)
+                check_finite("gradient", "training", indices, torch.vmap(tree.norm)(vectors))
+                found |= zip(indices, torch.vmap(tree.vdot)(vectors, solve(vectors)).tolist(), strict=True)
+            self._close(session)
+        dtype = next(iter(session.model.params.values())).dtype
+        return torch.tensor([found[i] for i in range(len(self._train))], dtype=dtype)
+
+    # ------------------------------------------------------------------ what is known of training
+
+    @property
+    def used_param_names(self) -> list[str]:
+        """Names of the parameters that influence is measured in, in the order of `model.named_parameters()`.
+
+        Those that require grad, are not frozen, and that the loss of at least one training instance depends on.
+        """
+        with self._session() as session:
+            return list(session.model.params)
+
+    @property
+    def used_params(self) -> list[nn.Parameter]:
+        """The model's own parameters of these names."""
+        parameters = dict(self.model.named_parameters())
+        return [parameters[name] for name in self.used_param_names]
+
+    @property
+    def train_instances(self) -> list[InstanceWithGrads]:
+        """Each training instance with its loss and gradients: n P numbers, computed each time this is read."""
+        found = []
+        with self._session() as session:
+            for i, instance in enumerate(self._train):
+                loss, gradient = session.loss_and_gradient("training", self._train, i)
+                found.append(InstanceWithGrads(instance, float(loss), tuple(gradient.values())))
+        return found
+
+    # ------------------------------------------------------------------ AllenNLP archives
+
+    @classmethod
+    def from_path(
+        cls,
+        archive_path: str | Path,
+        *,
+        interpreter_name: str | None = None,
+        train_data_path: Any = None,
+        train_data_loader: LazyLoader = Lazy(SimpleDataLoader.from_dataset_reader),  # noqa: B008
+        test_data_loader: LazyLoader = Lazy(SimpleDataLoader.from_dataset_reader),  # noqa: B008
+        params_to_freeze: list[str] | None = None,
+        cuda_device: int = -1,
+        import_plugins: bool = True,
+        overrides: str | dict[str, Any] = "",
+        **extras: Any,
+    ) -> "InfluenceInterpreter":
+        """The interpreter of a model archived by AllenNLP, which must be installed.
+
+        Args:
+            archive_path: The archive.
+            interpreter_name: A registered name; the default is `default_implementation`.
+            train_data_path: The default is the archive's own.
+            train_data_loader: See the class.
+            test_data_loader: See the class.
+            params_to_freeze: See the class.
+            cuda_device: See the class.
+            import_plugins: Whether to import AllenNLP's plugins first.
+            overrides: For the archive's configuration.
+            **extras: More arguments of the interpreter.
+
+        Returns:
+            The interpreter.
+        """
+        from allennlp.common import plugins  # pyright: ignore[reportMissingImports]
+        from allennlp.models import load_archive  # pyright: ignore[reportMissingImports]
+
+        if import_plugins:
+            plugins.import_plugins()
+        return cls.from_archive(
+            load_archive(archive_path, cuda_device=cuda_device, overrides=overrides),
+            interpreter_name=interpreter_name,
+            train_data_path=train_data_path,
+            train_data_loader=train_data_loader,
+            test_data_loader=test_data_loader,
+            params_to_freeze=params_to_freeze,
+            cuda_device=cuda_device,
+            **extras,
+        )
+
+    @classmethod
+    def from_archive(
+        cls,
+        archive: Any,
+        *,
+        interpreter_name: str | None = None,
+        train_data_path: Any = None,
+        train_data_loader: LazyLoader = Lazy(SimpleDataLoader.from_dataset_reader),  # noqa: B008
+        test_data_loader: LazyLoader = Lazy(SimpleDataLoader.from_dataset_reader),  # noqa: B008
+        params_to_freeze: list[str] | None = None,
+        cuda_device: int = -1,
+        **extras: Any,
+    ) -> "InfluenceInterpreter":
+        """The interpreter of an AllenNLP `Archive` that is already loaded; see `from_path`."""
+        interpreter = InfluenceInterpreter.by_name(interpreter_name or cls.default_implementation)
+        return interpreter(
+            model=archive.model,
+            train_data_path=train_data_path or archive.config["train_data_path"],
+            train_dataset_reader=archive.dataset_reader,
+            test_dataset_reader=archive.validation_dataset_reader,
+            train_data_loader=train_data_loader,
+            test_data_loader=test_data_loader,
+            params_to_freeze=params_to_freeze,
+            cuda_device=cuda_device,
+            **extras,
+        )
+
+    # ------------------------------------------------------------------ for subclasses
+
+    def _solver(self, session: Session) -> Solve:
+        """A function that maps K stacked gradients to K stacked solutions; made once for each public call."""
+        raise NotImplementedError
+
+    def _close(self, session: Session) -> None:
+        """Called once all that a public call asked for is solved."""
+
+    def _vectors_at_once(self, session: Session) -> int:
+        """Most right-hand sides held at a time."""
+        return max(1, strategies.STACK_LIMIT // tree.numel(session.model.params))
+
+    def _find_used(self, session: Session) -> list[str]:
+        """Of the parameters of `session.model`, the names of those that training uses."""
+        size = self._scan_batch_size
+
+        def batches() -> Iterator[Any]:
+            for start in range(0, len(self._train), size):
+                indices = range(start, min(start + size, len(self._train)))
+                with session.naming("training", self._train, indices):
+                    yield session.batch([self._train[i] for i in indices])
+
+        return used_names(session.model, batches())
+
+    def _train_scores(self, session: Session, ihvps: Params) -> Iterator[tuple[list[int], Tensor]]:
+        """Indices of some training instances and their scores, shape `(K, B)`, until all had their turn."""
+        score = strategies.scores(session.model)
+        for indices, stack in session.examples(self._train, size=self._score_batch_size, description="scoring"):
+            with session.naming("training", self._train, indices):
+                scores = score(ihvps, stack)
+            check_finite("score", "training", indices, scores)
+            yield indices, scores
+
+    def _train_losses(self, session: Session, chosen: Iterable[int]) -> dict[int, float]:
+        """The loss of each chosen training instance."""
+        return session.losses("training", self._train, chosen)
+
+    # ------------------------------------------------------------------ how it is done
+
+    def _both_ends(self, call: str, test_instances: Iterable[Any], k: int) -> list[BothEnds]:
+        checks.count(call, "k", k, at_least=0)
+        tests = self._listed(call, test_instances)
+        if not tests:
+            return []
+        with self._session() as session:
+            test_losses = session.losses("test", tests, range(len(tests)))
+            helpful: list[list[tuple[int, float]]] = []
+            harmful: list[list[tuple[int, float]]] = []
+            for ihvps in self._solved(session, tests):
+                ranking = None
+                for indices, scores in self._train_scores(session, ihvps):
+                    ranking = ranking or ranking_init(scores, k)
+                    ranking = ranking_update(ranking, scores, torch.tensor(indices, device=scores.device), k=k)
+                if ranking is not None:
+                    helpful += _pairs(ranking.helpful_indices, ranking.helpful_scores)
+                    harmful += _pairs(ranking.harmful_indices, ranking.harmful_scores)
+            ranked = {i for rows in (helpful, harmful) for row in rows for i, _ in row}
+            train_losses = self._train_losses(session, sorted(ranked))
+
+        def named(row: list[tuple[int, float]]) -> list[InstanceInfluence]:
+            return [InstanceInfluence(self._train[i], train_losses[i], score) for i, score in row]
+
+        return [BothEnds(test, test_losses[t], named(helpful[t]), named(harmful[t])) for t, test in enumerate(tests)]
+
+    def _solved(self, session: Session, tests: list[Any]) -> Iterator[Params]:
+        """Solutions for the test gradients, stacked, a group of test instances at a time."""
+        solve = self._solver(session)
+        size = self._vectors_at_once(session)
+        for start in range(0, len(tests), size):
+            group = range(start, min(start + size, len(tests)))
+            yield solve(strategies.stack_vectors([session.loss_and_gradient("test", tests, t)[1] for t in group]))
+        if tests:
+            self._close(session)
+
+    @contextmanager
+    def _session(self) -> Iterator[Session]:
+        """What a public call works with; the caller's model and torch's global generator are as before on exit."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices, enabled=self._keep_rng), evaluation(self.model) as module:
+
+            def session(names: list[str]) -> Session:
+                model = functional(module, names, output_loss=self._loss_fn, device=self.device)
+                return Session(model, self._collate, self.progress)
+
+            if self._used_names is None:
+                self._used_names = self._find_used(session(self._candidates))
+                if not self._used_names:
+                    self._used_names = None
+                    raise ValueError(
+                        f"`{type(self).__name__}`: the loss of no training instance depends on any of the parameters "
+                        f"{self._candidates}."
+                    )
+            yield session(self._used_names)
+
+    def _read(self, lazy_loader: LazyLoader, reader: DatasetReader, path: Any) -> Sequence[Any]:
+        """The instances that a loader reads; a dataset that our own loader was given is not copied."""
+        call = type(self).__name__
+        if not callable(getattr(lazy_loader, "construct", None)):
+            raise TypeError(f"`{call}`: a data loader must be given as a `Lazy`, got {type(lazy_loader).__name__}.")
+        ours = getattr(lazy_loader, "constructor", None) == SimpleDataLoader.from_dataset_reader
+        quiet = {"quiet": not self.progress} if ours else {}
+        loader = lazy_loader.construct(reader=reader, data_path=path, batch_size=1, **quiet)
+        loader.set_target_device(self.device)
+        if self.vocab is not None:
+            loader.index_with(self.vocab)
+        return loader.instances if isinstance(loader, SimpleDataLoader) else list(loader.iter_instances())
+
+    def _listed(self, call: str, test_instances: Any) -> list[Any]:
+        if isinstance(test_instances, (str, bytes, Mapping, Instance)):
+            raise TypeError(
+                f"`{call}(test_instances=...)` must be a list of instances, got one {type(test_instances).__name__}."
+            )
+        if is_sequence(test_instances):
+            return [test_instances[i] for i in range(len(test_instances))]
+        return list(test_instances)
+
+
+def _pairs(indices: Tensor, scores: Tensor) -> list[list[tuple[int, float]]]:
+    """`(T, k)` indices and scores as a list of (index, score) for each row."""
+    return [list(zip(*row, strict=True)) for row in zip(indices.tolist(), scores.tolist(), strict=True)]
+
+
+def _shown(path: Any) -> str:
+    return repr(path) if isinstance(path, (str, Path)) else f"the {type(path).__name__} given"

@@ -1,0 +1,113 @@
+"""One public call's work on instances: batches on the device, stacks of examples, and errors that name the instance.
+
+Knows instances and a functional model; knows nothing of solvers, rankings or the caller's module.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bridge import progress
+from bridge.data import stacked_alike, to_device
+from bridge.functional import Functional, loss_and_gradient
+from lissa import Batch, Params, SolverError, tree
+
+
+@dataclass(frozen=True)
+class Session:
+    """What the computations of one public call share.
+
+    Attributes:
+        model: The model as functions of the parameters in use.
+        collate: Makes a batch of a list of instances.
+        show: Whether long work shows a progress bar.
+    """
+
+    model: Functional
+    collate: Callable[[list[Any]], Batch]
+    show: bool
+
+    def batch(self, instances: list[Any]) -> Batch:
+        """One batch of the instances, on the device."""
+        return to_device(self.collate(instances), self.model.device)
+
+    def examples(
+        self, instances: Sequence[Any], *, size: int, description: str, role: str = "training"
+    ) -> Iterator[tuple[list[int], Batch]]:
+        """All instances, each a batch of one, in stacks of at most `size`, with their indices."""
+        numbers = progress.bar(range(len(instances)), description=description, show=self.show)
+
+        def batches_of_one() -> Iterator[tuple[int, Batch]]:
+            for i in numbers:
+                with self.naming(role, instances, [i]):
+                    batch = self.batch([instances[i]])
+                yield i, batch
+
+        return stacked_alike(batches_of_one(), size)
+
+    def loss_and_gradient(self, role: str, instances: Sequence[Any], i: int) -> tuple[Tensor, Params]:
+        """`L, grad L` of instance i, checked to be finite."""
+        with self.naming(role, instances, [i]):
+            loss, gradient = loss_and_gradient(self.model.loss_fn, self.model.params, self.batch([instances[i]]))
+        check_finite("loss", role, [i], loss)
+        check_finite("gradient", role, [i], tree.norm(gradient))
+        return loss, gradient
+
+    def losses(self, role: str, instances: Sequence[Any], chosen: Iterable[int]) -> dict[int, float]:
+        """The loss of each chosen instance, checked to be finite."""
+        found = {}
+        for i in chosen:
+            with self.naming(role, instances, [i]), torch.no_grad():
+                loss = self.model.loss_fn(self.model.params, self.batch([instances[i]]))
+            check_finite("loss", role, [i], loss)
+            found[i] = float(loss)
+        return found
+
+    @contextmanager
+    def naming(self, role: str, instances: Sequence[Any], indices: Iterable[int]) -> Iterator[None]:
+        """If the work inside fails, and one of the instances fails by itself, an error that names it."""
+        try:
+            yield
+        except SolverError:
+            raise
+        except Exception as error:
+            indices = list(indices)
+            for i in indices:
+                self._try(role, instances, i)
+            if len(indices) > 1:
+                raise ValueError(
+                    f"The {role} instances {_listed(indices)} work one by one but not in one batch. If they differ in "
+                    f"shape, pass a `collate_fn` that pads them. {type(error).__name__}: {error}"
+                ) from error
+            raise
+
+    def first_not_finite(self, role: str, instances: Sequence[Any]) -> None:
+        """Raises a ValueError that names the first instance whose loss or gradient is not finite, if there is one."""
+        for i in range(len(instances)):
+            self.loss_and_gradient(role, instances, i)
+
+    def _try(self, role: str, instances: Sequence[Any], i: int) -> None:
+        try:
+            loss_and_gradient(self.model.loss_fn, self.model.params, self.batch([instances[i]]))
+        except Exception as error:
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            raise ValueError(f"{role.capitalize()} instance {i}: {kind}{error}") from error
+
+
+def check_finite(what: str, role: str, indices: Sequence[int], values: Tensor) -> None:
+    """`values`, whose last dimension runs over `indices`, must be finite; the error names the first that is not."""
+    finite = values.isfinite().reshape(-1, len(indices)).all(0)
+    if not bool(finite.all()):
+        i = indices[int(finite.logical_not().nonzero()[0])]
+        raise ValueError(
+            f"{role.capitalize()} instance {i}: its {what} is not finite. Look for NaN or infinity in its data, and "
+            "nothing was ranked."
+        )
+
+
+def _listed(indices: list[int], most: int = 8) -> str:
+    return ", ".join(map(str, indices[:most])) + (", ..." if len(indices) > most else "")

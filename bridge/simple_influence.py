@@ -1,0 +1,447 @@
+"""`SimpleInfluence`: AllenNLP's interpreter on `lissa.solve_lissa`, and the two functions under its interpreter.
+
+Knows how LiSSA's batches are drawn and what its result is worth; the numerics are `lissa`'s.
+"""
+
+import itertools
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from bridge import compat as allennlp_order
+from bridge import diagnostics as report
+from bridge import progress, settings, strategies
+from bridge.data import CollateFn, DatasetReader, Lazy, LazyLoader, SimpleDataLoader, is_sequence
+from bridge.diagnostics import Diagnostics, InfluenceWarning
+from bridge.functional import OutputLoss, dense_embeddings, evaluation, functional
+from bridge.interpreter import SCORE_BATCH_SIZE, InfluenceInterpreter, InstanceWithGrads, Solve
+from bridge.session import Session
+from lissa import Params, SolverError, Status, checks, hvp, hvp_of_graph, index_stream, solve_lissa, tree
+from lissa.kernels import twice_differentiable
+
+
+@InfluenceInterpreter.register("simple-influence")
+class SimpleInfluence(InfluenceInterpreter):
+    """`score_i = + grad_i . (H + damping I)^-1 grad_test`, the inverse by LiSSA on mini-batches.
+
+    AllenNLP's arguments mean what they mean there, damping d included: `(H + d scale I)^-1` is what is computed. Its
+    default values amount to a damping of 30, far above most Hessians; such results are kept and warned of.
+
+    Args:
+        model: See `InfluenceInterpreter`.
+        train_data_path: See `InfluenceInterpreter`.
+        train_dataset_reader: See `InfluenceInterpreter`.
+        test_dataset_reader: See `InfluenceInterpreter`.
+        train_data_loader: See `InfluenceInterpreter`.
+        test_data_loader: See `InfluenceInterpreter`.
+        params_to_freeze: See `InfluenceInterpreter`.
+        cuda_device: See `InfluenceInterpreter`.
+        lissa_batch_size: Training instances a LiSSA step.
+        damping: AllenNLP's damping: in units of `1 / scale`, so the damping in the units of the Hessian is
+            `damping * scale`. `ridge` says it directly.
+        num_samples: LiSSA runs averaged.
+        recursion_depth: Steps of a run, as an int; or as a float, a fraction of the batches of one pass.
+        scale: The step size is `1 / scale`; it must exceed `(lambda_max + damping * scale + trace / batch size) / 2`.
+        loss_fn: See `InfluenceInterpreter`.
+        collate_fn: See `InfluenceInterpreter`.
+        ridge: The damping in the units of the Hessian; instead of `damping`.
+        seed: Where the order of the LiSSA batches comes from.
+        compat: `"allennlp"` for AllenNLP's own numbers run for run: order by Python's global `random`, training
+            gradients in train mode and kept in memory, scores rounded to float32, a solve for each test instance.
+        progress: See `InfluenceInterpreter`.
+        score_batch_size: See `InfluenceInterpreter`.
+        measure_residual: Whether to measure the residual on the full training data after each solve, which costs a
+            Hessian-vector product of each training instance. It takes the loss to be a mean over the batch.
+
+    Attributes:
+        diagnostics: Of the latest call, the numbers of its solves; None before.
+
+    Raises:
+        ValueError: If a number is out of range, `damping` and `ridge` are both given, every parameter is frozen, or
+            there are no training instances.
+        TypeError: If an argument is of the wrong type.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> x = torch.randn(40, 2)
+        >>> data = [(x, y) for x, y in zip(x, (x[:, 0] > 0).long())]
+        >>> influence = SimpleInfluence.from_dataset(
+        ...     nn.Linear(2, 2), data, loss_fn=nn.functional.cross_entropy, ridge=0.1, scale=3.0, recursion_depth=100,
+        ...     lissa_batch_size=40)
+        >>> output = influence.interpret(data[0], k=3)
+        >>> output.top_k[0].score >= output.top_k[1].score >= output.top_k[2].score
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_data_path: Any,
+        train_dataset_reader: DatasetReader,
+        *,
+        test_dataset_reader: DatasetReader | None = None,
+        train_data_loader: LazyLoader = Lazy(SimpleDataLoader.from_dataset_reader),  # noqa: B008
+        test_data_loader: LazyLoader = Lazy(SimpleDataLoader.from_dataset_reader),  # noqa: B008
+        params_to_freeze: list[str] | None = None,
+        cuda_device: int | torch.device | None = -1,
+        lissa_batch_size: int = 8,
+        damping: float = settings.DEFAULT_DAMPING,
+        num_samples: int = 1,
+        recursion_depth: float | int = 0.25,
+        scale: float = 1e4,
+        loss_fn: OutputLoss | None = None,
+        collate_fn: CollateFn | None = None,
+        ridge: float | None = None,
+        seed: int = 0,
+        compat: str | None = None,
+        progress: bool = True,
+        score_batch_size: int = SCORE_BATCH_SIZE,
+        measure_residual: bool = True,
+    ):
+        lissa_settings = partial(
+            settings.lissa_settings,
+            lissa_batch_size=lissa_batch_size,
+            damping=damping,
+            ridge=ridge,
+            scale=scale,
+            recursion_depth=recursion_depth,
+            num_samples=num_samples,
+        )
+        lissa_settings(examples=1)  # wrong settings must not wait for the data to be read
+        if compat is not None:
+            checks.one_of("SimpleInfluence", "compat", compat, ("allennlp",))
+        generator = torch.Generator().manual_seed(seed)
+        super().__init__(
+            model,
+            train_data_path,
+            train_dataset_reader,
+            test_dataset_reader=test_dataset_reader,
+            train_data_loader=train_data_loader,
+            test_data_loader=test_data_loader,
+            params_to_freeze=params_to_freeze,
+            cuda_device=cuda_device,
+            loss_fn=loss_fn,
+            collate_fn=collate_fn,
+            progress=progress,
+            score_batch_size=score_batch_size,
+        )
+        n = len(self._train)
+        self.settings = lissa_settings(examples=n)
+        self.diagnostics: Diagnostics | None = None
+        self._parts: list[Diagnostics] = []
+        self._measure_residual = measure_residual
+        self._scan_batch_size = self.settings.batch_size
+        self._compat = compat is not None
+        self._keep_rng = not self._compat
+        self._compat_instances: list[InstanceWithGrads] | None = None
+        self._stream: Iterator[list[int]]
+        if self._compat:
+            self._stream = allennlp_order.shuffled_passes(n, self.settings.batch_size)
+        else:
+            batches = index_stream(n, self.settings.batch_size, generator=generator)
+            self._stream = (indices.tolist() for indices in batches)
+
+    @classmethod
+    def from_dataset(
+        cls,
+        model: nn.Module,
+        train_dataset: Dataset[Any] | Iterable[Any],
+        *,
+        loss_fn: OutputLoss | None = None,
+        collate_fn: CollateFn | None = None,
+        params_to_freeze: list[str] | None = None,
+        cuda_device: int | torch.device | None = None,
+        lissa_batch_size: int = 8,
+        damping: float = settings.DEFAULT_DAMPING,
+        num_samples: int = 1,
+        recursion_depth: float | int = 0.25,
+        scale: float = 1e4,
+        ridge: float | None = None,
+        seed: int = 0,
+        compat: str | None = None,
+        progress: bool = True,
+        score_batch_size: int = SCORE_BATCH_SIZE,
+        measure_residual: bool = True,
+    ) -> "SimpleInfluence":
+        """The interpreter of a plain PyTorch model and dataset.
+
+        Args:
+            model: Any module.
+            train_dataset: Yields `(x, y)` pairs, with `loss_fn`; or mappings, with a model whose output has a loss.
+            loss_fn: `loss_fn(model(x), y) -> ()`, the mean loss of a batch.
+            collate_fn: As for a `DataLoader`; needed where examples differ in shape.
+            params_to_freeze: See the class.
+            cuda_device: See the class; the default is where the model is.
+            lissa_batch_size: See the class.
+            damping: See the class.
+            num_samples: See the class.
+            recursion_depth: See the class.
+            scale: See the class.
+            ridge: See the class.
+            seed: See the class.
+            compat: See the class.
+            progress: See the class.
+            score_batch_size: See the class.
+            measure_residual: See the class.
+
+        Returns:
+            The interpreter. Its `interpret_from_file` takes a dataset as well.
+
+        Raises:
+            ValueError: See the class.
+            TypeError: See the class.
+        """
+        if not is_sequence(train_dataset) and not isinstance(train_dataset, Iterable):
+            raise TypeError(
+                f"`SimpleInfluence.from_dataset(train_dataset=...)` must be a dataset or an iterable of instances, "
+                f"got {type(train_dataset).__name__}."
+            )
+        return cls(
+            model,
+            train_dataset,
+            _ReadAsItIs(),
+            params_to_freeze=params_to_freeze,
+            cuda_device=cuda_device,
+            lissa_batch_size=lissa_batch_size,
+            damping=damping,
+            num_samples=num_samples,
+            recursion_depth=recursion_depth,
+            scale=scale,
+            loss_fn=loss_fn,
+            collate_fn=collate_fn,
+            ridge=ridge,
+            seed=seed,
+            compat=compat,
+            progress=progress,
+            score_batch_size=score_batch_size,
+            measure_residual=measure_residual,
+        )
+
+    @property
+    def train_instances(self) -> list[InstanceWithGrads]:
+        """Each training instance with its loss and gradients: n P numbers, computed each time this is read.
+
+        With `compat="allennlp"` they are computed once, in train mode, and kept, as there.
+        """
+        if not self._compat:
+            return super().train_instances
+        with self._session():
+            return list(self._compat_instances or ())
+
+    # ------------------------------------------------------------------ the solve
+
+    def _solver(self, session: Session) -> Solve:
+        self._parts = []
+        drawn = None if self._compat else self._draw()
+
+        def solve(vectors: Params) -> Params:
+            runs = self._draw() if drawn is None else drawn
+            ihvps, status = self._average_of_runs(session, vectors, runs)
+            self._parts.append(self._judge(session, vectors, ihvps, status))
+            return ihvps
+
+        return solve
+
+    def _draw(self) -> list[list[list[int]]]:
+        """The batches of each run, as indices: the next ones of passes that go on from call to call."""
+        return [list(itertools.islice(self._stream, self.settings.steps)) for _ in range(self.settings.num_samples)]
+
+    def _average_of_runs(self, session: Session, vectors: Params, runs: list[list[list[int]]]) -> tuple[Params, Tensor]:
+        """The mean over runs of `(H + damping I)^-1 v` for K stacked vectors, and the worst status of each vector."""
+        matvec = partial(hvp, session.model.loss_fn, session.model.params)
+        damping, scale = self.settings.damping, self.settings.scale
+
+        def solve_one(v: Params, batches: Iterable[Any]) -> Any:
+            return solve_lissa(matvec, v, batches, damping=damping, scale=scale, throw=False)
+
+        solve_each = strategies.for_each_vector("inverse Hessian-vector products", solve_one)
+        solutions = [solve_each(vectors, partial(self._batches, session, run)) for run in runs]
+        status = torch.stack([solution.status for solution in solutions]).amax(0)
+        worst = Status(int(status.max()))
+        if worst.failed:
+            if worst is Status.NOT_FINITE:
+                session.first_not_finite("training", self._train)
+            failed = next(solution for solution in solutions if Status(int(solution.status.max())) is worst)
+            raise SolverError(report.failure_advice(worst, damping, scale), failed)
+        total = solutions[0].value
+        for solution in solutions[1:]:
+            total = tree.add(total, solution.value)
+        return tree.scale(1 / len(solutions), total), status
+
+    def _batches(self, session: Session, run: list[list[int]]) -> Iterator[Any]:
+        for indices in progress.bar(run, description="LiSSA", show=self.progress):
+            with session.naming("training", self._train, indices):
+                yield session.batch([self._train[i] for i in indices])
+
+    # ------------------------------------------------------------------ what it is worth
+
+    def _judge(self, session: Session, vectors: Params, ihvps: Params, status: Tensor) -> Diagnostics:
+        norms, ihvp_norms = torch.vmap(tree.norm)(vectors), torch.vmap(tree.norm)(ihvps)
+        cosine = torch.vmap(tree.vdot)(vectors, ihvps) / (norms * ihvp_norms)
+        residual = torch.full_like(norms, torch.nan)
+        if self._measure_residual:
+            damped = tree.scale(self.settings.damping, ihvps)
+            H_ihvps = self._full_data_product(session, ihvps)
+            residual = torch.vmap(tree.norm)(tree.sub(vectors, tree.add(H_ihvps, damped))) / norms
+        return Diagnostics(
+            damping=self.settings.damping,
+            scale=self.settings.scale,
+            steps=self.settings.steps,
+            num_samples=self.settings.num_samples,
+            examples=len(self._train),
+            batch_size=self.settings.batch_size,
+            status=status.cpu(),
+            relative_residual=residual.nan_to_num(0.0).cpu() if self._measure_residual else residual.cpu(),
+            cosine_with_gradient=cosine.nan_to_num(0.0).cpu(),
+        )
+
+    def _full_data_product(self, session: Session, vectors: Params) -> Params:
+        """`H v` on all training data for K stacked vectors, in batches weighted by their size."""
+        n, size = len(self._train), self._score_batch_size
+        matvec = partial(hvp, session.model.loss_fn, session.model.params)
+        product = strategies.for_each_vector("Hessian-vector products", lambda v, batch: matvec(batch, v))
+        total = tree.zeros_like(vectors)
+        starts = progress.bar(range(0, n, size), description="measuring the residual", show=self.progress)
+        for start in starts:
+            indices = list(range(start, min(start + size, n)))
+            with session.naming("training", self._train, indices):
+                batch = session.batch([self._train[i] for i in indices])
+                total = tree.add_scaled(total, len(indices) / n, product(vectors, lambda batch=batch: batch))
+        return total
+
+    def _close(self, session: Session) -> None:
+        self.diagnostics = report.joined(self._parts)
+        problems = self.diagnostics.problems()
+        if problems:
+            warnings.warn(" ".join(problems), InfluenceWarning, stacklevel=2)
+
+    # ------------------------------------------------------------------ AllenNLP's own numbers
+
+    def _vectors_at_once(self, session: Session) -> int:
+        return 1 if self._compat else super()._vectors_at_once(session)
+
+    def _find_used(self, session: Session) -> list[str]:
+        if not self._compat:
+            return super()._find_used(session)
+        with evaluation(self.model, training=True) as module:
+            model = functional(module, self._candidates, output_loss=self._loss_fn, device=self.device)
+            in_train_mode = Session(model, self._collate, self.progress)
+            found, names = [], []
+            batches = (in_train_mode.batch([instance]) for instance in self._train)
+            for i, (loss, gradient) in enumerate(allennlp_order.train_mode_gradients(model, batches)):
+                names = list(gradient)
+                found.append(InstanceWithGrads(self._train[i], float(loss), tuple(gradient.values())))
+        self._compat_instances = found
+        return names
+
+    def _train_scores(self, session: Session, ihvps: Params) -> Iterator[tuple[list[int], Tensor]]:
+        if self._compat_instances is None:
+            yield from super()._train_scores(session, ihvps)
+            return
+        for i, instance in enumerate(self._compat_instances):
+            gradient = dict(zip(ihvps, instance.grads, strict=True))
+            yield [i], torch.vmap(tree.vdot, in_dims=(0, None))(ihvps, gradient).float().unsqueeze(1)
+
+    def _train_losses(self, session: Session, chosen: Iterable[int]) -> dict[int, float]:
+        if self._compat_instances is None:
+            return super()._train_losses(session, chosen)
+        return {i: self._compat_instances[i].loss for i in chosen}
+
+
+class _ReadAsItIs:
+    """The reader of a dataset that is already there."""
+
+    def read(self, file_path: Any) -> Any:
+        return file_path
+
+
+def get_inverse_hvp_lissa(
+    vs: Sequence[Tensor],
+    model: nn.Module,
+    used_params: Sequence[Tensor],
+    lissa_data_loader: Iterable[Any],
+    damping: float,
+    num_samples: int,
+    scale: float,
+) -> Tensor:
+    """`c <- v + (1 - damping) c - H_batch c / scale` once a batch from `c = v`; the mean over samples of `c / scale`.
+
+    In the limit it is `(H + damping scale I)^-1 v`: AllenNLP's damping is in units of `1 / scale`. The model stays in
+    the mode it is in.
+
+    Args:
+        vs: The parts of `v`, shaped like `used_params`.
+        model: Called as `model(**batch)`; returns a mapping with a one-element `"loss"`.
+        used_params: The model's own parameters, or other leaves of the loss.
+        lissa_data_loader: Yields the batches of a run each time it is iterated.
+        damping: AllenNLP's.
+        num_samples: Runs averaged.
+        scale: Divides the Hessian.
+
+    Returns:
+        All parts in one vector, shape `(P,)`.
+
+    Raises:
+        ValueError: If `vs` and `used_params` do not match, or a number is out of range.
+        lissa.SolverError: If the recursion diverges or meets NaN.
+    """
+    call = "get_inverse_hvp_lissa"
+    checks.count(call, "num_samples", num_samples)
+    checks.positive(call, "scale", scale)
+    checks.non_negative(call, "damping", damping)
+    _check_parts(call, used_params, vs, "used_params", "vs")
+    names = [str(i) for i in range(len(used_params))]
+    v = {name: _dense(t.detach()) for name, t in zip(names, vs, strict=True)}
+
+    def matvec(batch: Any, v: Params) -> Params:
+        with torch.enable_grad():
+            loss = model(**batch)["loss"]
+        return dict(zip(names, hvp_of_graph(loss, used_params, tuple(v.values())), strict=True))
+
+    with dense_embeddings(model), twice_differentiable():
+        runs = [
+            solve_lissa(matvec, v, lissa_data_loader, damping=damping * scale, scale=scale) for _ in range(num_samples)
+        ]
+    return torch.stack([tree.flatten(run.value) for run in runs]).mean(0)
+
+
+def get_hvp(loss: Tensor, params: Sequence[Tensor], vectors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """`H v`, with `H` the Hessian in `params` of a loss whose graph is still there.
+
+    Args:
+        loss: One number, of any shape.
+        params: Tensors that require grad.
+        vectors: The parts of `v`, shaped like `params`.
+
+    Returns:
+        The parts of `H v`. Parameters that the loss does not use, or is linear in, get zeros.
+
+    Raises:
+        ValueError: If `loss` is not one number, or `vectors` do not match `params`.
+
+    Example:
+        >>> A, x = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> get_hvp(x @ A @ x / 2, [x], [torch.tensor([10.0, 20.0])])
+        (tensor([ 60., 105.]),)
+    """
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"`get_hvp(loss=...)` must be a tensor, got {type(loss).__name__}.")
+    if loss.numel() != 1:
+        raise ValueError(f"`get_hvp(loss=...)` must be one number, got shape {tuple(loss.shape)}.")
+    _check_parts("get_hvp", params, vectors, "params", "vectors")
+    return hvp_of_graph(loss.reshape(()), params, [_dense(v) for v in vectors])
+
+
+def _check_parts(call: str, params: Sequence[Tensor], vectors: Sequence[Tensor], of: str, name: str) -> None:
+    shapes, expected = ([tuple(t.shape) for t in tensors] for tensors in (vectors, params))
+    if shapes != expected:
+        raise ValueError(f"`{call}({name}=...)` must have the shapes of {of}: {expected}, got {shapes}.")
+
+
+def _dense(t: Tensor) -> Tensor:
+    return t.to_dense() if t.is_sparse else t
