@@ -26,6 +26,17 @@ _CAUSES = (
         "Use mode='double-backward' or 'auto', or sparse=False.",
     ),
     Cause(
+        r"a difference of gradients with unit roundoff (?P<op>\S+)",
+        "with a unit roundoff of {op} a difference of gradients is mostly rounding",
+        "Use mode='auto', or float32 or float64 parameters.",
+    ),
+    Cause(
+        r"differences of gradients disagree by (?P<op>\S+)",
+        "differences of gradients over two step lengths disagree by {op}, because of a kink (ReLU, max pooling) or "
+        "strong curvature within the step",
+        "Use mode='auto', or float64 parameters, whose step is shorter.",
+    ),
+    Cause(
         r"forward AD with (?P<op>\S*mkldnn\S*)",
         "`{op}`, oneDNN's kernel, has no forward-mode derivative",
         "Use mode='reverse-over-reverse', 'double-backward' or 'auto', or switch the kernel off around the call: "

@@ -34,9 +34,10 @@ def hvp(loss_fn: LossFn, params: Params, batch: Batch, v: Params, *, mode: str =
     - `"reverse-over-reverse"`: `d/dparams <grad L(params), v>` by `vjp(grad(L))`. Composes with every transform.
     - `"reverse-over-forward"`: `d/dparams <grad L(params), v>` by `grad(jvp(L))`. Needs forward-mode derivatives.
     - `"double-backward"`: the same by `torch.autograd.grad` twice on leaf copies. Runs where `torch.func` cannot
-      (packed sequences), but not itself under `vmap` or `jvp`.
+      (packed sequences). Under `vmap` it loops over the vectors, on one graph; it cannot itself be differentiated.
     - `"finite-difference"`: `(grad L(params + e v) - grad L(params - e v)) / 2e`. Approximate: relative error about
-      1e-10 in float64 and 1e-5 in float32. Needs first derivatives only.
+      1e-10 in float64 and 1e-4 in float32; refused in 16 bits, and where two step lengths disagree. Needs first
+      derivatives only. Costs four gradients.
     - `"auto"`: the first of reverse-over-reverse, double-backward, forward-over-reverse and finite-difference that
       runs, with attention kernels switched, inside the call, to ones that can be differentiated twice.
 
@@ -147,11 +148,15 @@ def hvp_finite_difference(loss_fn: LossFn, params: Params, batch: Batch, v: Para
     """`H v ~ (grad L(params + e v) - grad L(params - e v)) / 2e` with `e = u^(1/3) (1 + |params|) / |v|`. See `hvp`.
 
     With `u` the unit roundoff, truncation `e^2 |v|^3 |L''''| / 6` and cancellation `u |grad L| / e` balance at about
-    `u^(2/3)`, the best a central difference can do (Nocedal & Wright, Numerical Optimization, section 8.1).
+    `u^(2/3)`, the best a central difference can do (Nocedal & Wright, Numerical Optimization, section 8.1). A second
+    difference over twice the step must agree to 10%: where it does not, a kink of the loss (ReLU, max pooling) lies
+    within the step, or too much curvature, and that is an error.
     """
 
     def prepare(params: Params, batch: Batch, count: int) -> Callable[[Params], Params]:
         unit_roundoff = max(torch.finfo(p.dtype).eps for p in params.values()) / 2
+        if unit_roundoff > _COARSEST_ROUNDOFF:
+            raise NotImplementedError(f"a difference of gradients with unit roundoff {unit_roundoff:.0e}")
         step_length = unit_roundoff ** (1 / 3) * (1 + tree.norm(params))
 
         def gradient(params: Params) -> Params:
@@ -164,12 +169,24 @@ def hvp_finite_difference(loss_fn: LossFn, params: Params, batch: Batch, v: Para
         def product(v: Params) -> Params:
             length = tree.norm(v)
             e = step_length / torch.where(length == 0, torch.ones_like(length), length)
-            ahead, behind = (gradient(tree.add_scaled(params, sign * e, v)) for sign in (1, -1))
-            return tree.scale(1 / (2 * e), tree.sub(ahead, behind))
+
+            def central(e: Tensor) -> tuple[Params, Tensor]:
+                ahead, behind = (gradient(tree.add_scaled(params, sign * e, v)) for sign in (1, -1))
+                return tree.scale(1 / (2 * e), tree.sub(ahead, behind)), unit_roundoff * tree.norm(ahead) / e
+
+            (H_v, rounding), (H_v_again, _) = central(e), central(2 * e)
+            gap = tree.norm(tree.sub(H_v, H_v_again))
+            if gap > 0.1 * tree.norm(H_v) + 30 * rounding:
+                raise NotImplementedError(f"differences of gradients disagree by {float(gap / tree.norm(H_v)):.0%}")
+            return H_v
 
         return product
 
     return leafwise("hvp(mode='finite-difference')", prepare, params, batch, v)
+
+
+_COARSEST_ROUNDOFF = 1e-4
+"""In bfloat16 (4e-3) and float16 (5e-4) a difference of gradients may be all rounding: an error, not a number."""
 
 
 def hvp_auto(loss_fn: LossFn, params: Params, batch: Batch, v: Params) -> Params:

@@ -156,6 +156,8 @@ def test_a_loss_linear_in_all_parameters_has_a_zero_product(mode):
 @pytest.mark.parametrize("mode", list(MODES))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_keeps_dtype_and_device(mode, dtype, device):
+    if mode == "finite-difference" and dtype == torch.bfloat16:
+        pytest.skip("refused in 16 bits")
     problem = on(device, problems.mlp(dtype=dtype))
 
     product = hvp(problem.loss_fn, problem.params, problem.batch, random_vector_on(device, problem), mode=mode)
