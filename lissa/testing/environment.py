@@ -1,0 +1,59 @@
+"""Watches what a call may not touch: global random states, switches and its arguments."""
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def nothing_global_changes(broken: Any) -> Iterator[None]:
+    """Raises `broken(what, cause)` if the block reads or sets a global random state, grad mode or the default dtype."""
+    before = _environment()
+    yield
+    after = _environment()
+    for what, now, then in zip(("torch's", "Python's", "NumPy's"), after, before, strict=False):
+        if now != then:
+            raise broken(f"{what} global random state", "randomness must come from a generator that the caller passes")
+    if after != before:
+        raise broken("grad mode or the default dtype", "restore global switches in a `finally`")
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Global random states set from `seed` inside the block, and put back after it."""
+    numpy = sys.modules.get("numpy")
+    states = torch.get_rng_state(), random.getstate(), numpy.random.get_state() if numpy else None
+    try:
+        torch.manual_seed(seed)
+        random.seed(seed)
+        if numpy:
+            numpy.random.seed(seed)
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        if numpy:
+            numpy.random.set_state(states[2])
+
+
+def first_change(now: dict[str, Tensor], then: dict[str, Tensor]) -> str | None:
+    """What differs between two dicts of tensors, in words; None if they are equal to the bit and in order."""
+    if list(now) != list(then):
+        return "its keys"
+    return next((f"[{k!r}]" for k in then if not torch.equal(now[k].detach(), then[k].detach())), None)
+
+
+def _environment() -> tuple[Any, ...]:
+    numpy = sys.modules.get("numpy")
+    return (
+        torch.get_rng_state().tolist(),
+        random.getstate(),
+        repr(numpy.random.get_state()) if numpy else None,
+        torch.is_grad_enabled(),
+        torch.get_default_dtype(),
+    )

@@ -1,0 +1,224 @@
+"""What a law is, and the error that says it is broken: which law, on which problem, got, expected, likely cause.
+
+Knows Hypothesis, which looks for the smallest case that breaks a law; knows nothing of products, solvers or scores.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import hypothesis
+import torch
+from hypothesis import HealthCheck, Phase, Verbosity, configuration, strategies
+from torch import Tensor
+
+from lissa import tree
+from lissa.types import Params
+
+
+class LawBroken(AssertionError):  # noqa: N818  (an assertion, named for what it asserts)
+    """A law does not hold for the implementation under test.
+
+    Attributes:
+        law: Name of the law.
+        got: What the implementation gave.
+        expected: What the law asks for.
+        cause: The likely cause, or "".
+        case: The problem or operator; its `repr` is runnable code.
+        reason: The comparison in words.
+    """
+
+    def __init__(
+        self,
+        law: Callable[..., None],
+        reason: str,
+        *,
+        got: Any = None,
+        expected: Any = None,
+        cause: str = "",
+        case: Any,
+    ):
+        self.law, self.reason, self.cause, self.case = law_name(law), reason, cause, case
+        self.got, self.expected = got, expected
+        super().__init__(self._message(law))
+
+    def _message(self, law: Callable[..., None]) -> str:
+        lines = [f"law broken: {self.law}", f"  {self.reason}"]
+        if self.got is not None:
+            lines.append(f"  got:      {_show(self.got)}")
+        if self.expected is not None:
+            lines.append(f"  expected: {_show(self.expected)}")
+        if self.cause:
+            lines.append(f"  likely cause: {self.cause}")
+        family, maker = law.__module__.rpartition(".")[2], repr(self.case).partition("(")[0]
+        lines += [
+            "  the case, as code:",
+            "    import torch",
+            f"    from lissa.testing import {family}, {maker}",
+            f"    {family}.{law.__name__}(YOUR_FUNCTION, {self.case!r})",
+        ]
+        return "\n".join(lines)
+
+
+class Law(NamedTuple):
+    """A named law: a plain function and where its cases come from. `str(law)` is its name, for pytest's `ids=str`.
+
+    Attributes:
+        name: In words.
+        holds: `holds(implementation, case)` raises `LawBroken` if the law is broken on this case.
+        cases: A Hypothesis strategy.
+    """
+
+    name: str
+    holds: Callable[[Any, Any], None]
+    cases: strategies.SearchStrategy
+
+    def __str__(self) -> str:
+        return self.name
+
+    def check(self, implementation: Any, *, max_examples: int = 100, seed: int = 0) -> None:
+        """Looks for a case that breaks the law, shrinks it and raises its `LawBroken`; returns None if none is found.
+
+        Args:
+            implementation: The function under test.
+            max_examples: Cases to try.
+            seed: The same seed tries the same cases.
+        """
+        broken: list[LawBroken] = []
+
+        def holds(case: Any) -> None:
+            try:
+                self.holds(implementation, case)
+            except LawBroken as error:
+                broken.append(error)
+                raise
+
+        # Hypothesis runs the smallest failing case last, so the last error is the one to show.
+        try:
+            _search(holds, self.cases, max_examples, seed)
+        except LawBroken:
+            raise broken[-1] from None
+
+
+class Checked(NamedTuple):
+    """What a check that found nothing looked at.
+
+    Attributes:
+        laws: Names of the laws that held.
+        max_examples: Cases tried for each.
+    """
+
+    laws: tuple[str, ...]
+    max_examples: int
+
+
+def check_laws(laws: tuple[Law, ...], implementation: Any, *, case: Any, max_examples: int, seed: int) -> Checked:
+    """All `laws` in turn, stopping at the first that is broken; on `case` alone if it is given."""
+    for law in laws:
+        if case is None:
+            law.check(implementation, max_examples=max_examples, seed=seed)
+        else:
+            law.holds(implementation, case)
+    return Checked(tuple(law.name for law in laws), max_examples if case is None else 1)
+
+
+def law_name(law: Callable[..., None]) -> str:
+    """`difference_of_gradients` -> `"difference of gradients"`."""
+    return law.__name__.replace("_", " ")
+
+
+def require_close(
+    law: Callable[..., None],
+    got: Params,
+    expected: Params,
+    tolerance: float,
+    *,
+    what: str,
+    case: Any,
+    cause: Callable[[], str] = lambda: "",
+) -> None:
+    """`|got - expected| <= tolerance`, or `LawBroken`."""
+    distance = torch.linalg.vector_norm(tree.flatten(got).double() - tree.flatten(expected).double())
+    if not distance <= tolerance:  # also if it is NaN
+        raise LawBroken(
+            law,
+            f"{what}: they differ by {float(distance):.3g}, rounding explains {tolerance:.3g}",
+            got=got,
+            expected=expected,
+            cause=cause(),
+            case=case,
+        )
+
+
+def run(law: Callable[..., None], case: Any, fn: Callable[[], Any]) -> Any:
+    """`fn()`, where an exception of the implementation's breaks the law."""
+    try:
+        return fn()
+    except LawBroken:
+        raise
+    except Exception as error:
+        cause = _cause_of_exception(str(error))
+        reason = f"the implementation raised {type(error).__name__}: {error}"
+        raise LawBroken(law, reason, got=type(error).__name__, expected="a result", cause=cause, case=case) from error
+
+
+def _cause_of_exception(message: str) -> str:
+    if "does not require grad" in message or "not have been used in the graph" in message:
+        return (
+            "a parameter that the loss does not use, or is linear in, has no second derivative to follow: its row of "
+            "the curvature is zero. Pass materialize_grads=True, and skip gradients that do not require grad"
+        )
+    if "modified by an inplace operation" in message:
+        return "an argument or an intermediate result is changed in place"
+    if "must match the size" in message or "shape" in message or "dtype" in message:
+        return "a shape or a dtype is taken for granted: look at scalars, batches of size 0 and 1, and float32"
+    return ""
+
+
+def _search(holds: Callable[[Any], None], cases: Any, max_examples: int, seed: int) -> None:
+    """Runs Hypothesis, silent, without its database and without explanations, which would run each case again."""
+    search = hypothesis.given(cases)(holds)
+    search = hypothesis.seed(seed)(search)
+    settings = hypothesis.settings(
+        max_examples=max_examples,
+        database=None,
+        deadline=None,
+        derandomize=False,
+        print_blob=False,
+        report_multiple_bugs=False,
+        verbosity=Verbosity.quiet,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),  # type: ignore  (its iterator leaves out deprecated members)
+    )
+    with _nothing_written():
+        settings(search)()
+
+
+@contextmanager
+def _nothing_written() -> Iterator[None]:
+    """Points Hypothesis' home, where it keeps caches, to a directory that vanishes."""
+    home = configuration.storage_directory("constants", intent_to_write=False).home_directory
+    with tempfile.TemporaryDirectory() as directory:
+        configuration.set_hypothesis_home_dir(directory)
+        try:
+            yield
+        finally:
+            configuration.set_hypothesis_home_dir(home)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, dict) and all(isinstance(t, Tensor) for t in value.values()):
+        return "{" + ", ".join(f"{k!r}: {_numbers(t)}" for k, t in value.items()) + "}"
+    return _numbers(value) if isinstance(value, Tensor) else str(value)
+
+
+def _numbers(t: Tensor) -> str:
+    t = t.detach()
+    if t.numel() > 24:
+        return f"tensor of shape {tuple(t.shape)}, length {float(torch.linalg.vector_norm(t.double())):.6g}"
+    return str(_rounded(t.tolist()))
+
+
+def _rounded(value: Any) -> Any:
+    return [_rounded(v) for v in value] if isinstance(value, list) else float(f"{value:.6g}")
