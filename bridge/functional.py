@@ -171,18 +171,10 @@ def loss_and_used_gradient(loss_fn: LossFn, params: Params, batch: Batch) -> tup
     return loss.detach(), {k: g.detach() for k, g in zip(leaves, gradients, strict=True) if g is not None}
 
 
-def used_names(model: Functional, batches: Iterable[Batch]) -> list[str]:
-    """The names of those parameters that the loss of at least one of the batches depends on, in order.
-
-    Batches are drawn until every parameter is known to be used.
-    """
-    unseen = dict(model.params)
-    for batch in batches:
-        used = loss_and_used_gradient(lambda p, b: model.loss_fn({**model.params, **p}, b), unseen, batch)[1]
-        unseen = {name: p for name, p in unseen.items() if name not in used}
-        if not unseen:
-            break
-    return [name for name in model.params if name not in unseen]
+def unused(model: Functional, params: Params, batch: Batch) -> Params:
+    """Those of `params`, out of `model.params`, that the loss of the batch does not depend on."""
+    used = loss_and_used_gradient(lambda p, b: model.loss_fn({**model.params, **p}, b), params, batch)[1]
+    return {name: p for name, p in params.items() if name not in used}
 
 
 def _loss(call: Callable[..., Any], batch: Batch, output_loss: OutputLoss | None) -> Tensor:

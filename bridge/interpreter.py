@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bridge import settings, strategies
 from bridge.data import CollateFn, DatasetReader, Instance, Lazy, LazyLoader, SimpleDataLoader, collate, is_sequence
-from bridge.functional import OutputLoss, evaluation, functional, used_names
+from bridge.functional import OutputLoss, evaluation, functional, unused
 from bridge.registry import Registrable
 from bridge.session import Session, check_finite
 from lissa import Params, checks, ranking_init, ranking_update, tree
@@ -327,15 +327,14 @@ class InfluenceInterpreter(Registrable):
 
     def _find_used(self, session: Session) -> list[str]:
         """Of the parameters of `session.model`, the names of those that training uses."""
-        size = self._scan_batch_size
-
-        def batches() -> Iterator[Any]:
-            for start in range(0, len(self._train), size):
-                indices = range(start, min(start + size, len(self._train)))
-                with session.naming("training", self._train, indices):
-                    yield session.batch([self._train[i] for i in indices])
-
-        return used_names(session.model, batches())
+        unseen = session.model.params
+        for start in range(0, len(self._train), self._scan_batch_size):
+            indices = range(start, min(start + self._scan_batch_size, len(self._train)))
+            with session.naming("training", self._train, indices):
+                unseen = unused(session.model, unseen, session.batch([self._train[i] for i in indices]))
+            if not unseen:
+                break
+        return [name for name in session.model.params if name not in unseen]
 
     def _train_scores(self, session: Session, ihvps: Params) -> Iterator[tuple[list[int], Tensor]]:
         """Indices of some training instances and their scores, shape `(K, B)`, until all had their turn."""
@@ -415,6 +414,8 @@ class InfluenceInterpreter(Registrable):
         ours = getattr(lazy_loader, "constructor", None) == SimpleDataLoader.from_dataset_reader
         quiet = {"quiet": not self.progress} if ours else {}
         loader = lazy_loader.construct(reader=reader, data_path=path, batch_size=1, **quiet)
+        if not callable(getattr(loader, "iter_instances", None)):
+            raise TypeError(f"`{call}`: a `Lazy` must construct a data loader, got {type(loader).__name__}.")
         loader.set_target_device(self.device)
         if self.vocab is not None:
             loader.index_with(self.vocab)

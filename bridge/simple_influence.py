@@ -115,6 +115,8 @@ class SimpleInfluence(InfluenceInterpreter):
         lissa_settings(examples=1)  # wrong settings must not wait for the data to be read
         if compat is not None:
             checks.one_of("SimpleInfluence", "compat", compat, ("allennlp",))
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"`SimpleInfluence(seed=...)` must be an int, got {type(seed).__name__}.")
         generator = torch.Generator().manual_seed(seed)
         super().__init__(
             model,
@@ -260,7 +262,9 @@ class SimpleInfluence(InfluenceInterpreter):
             return solve_lissa(matvec, v, batches, damping=damping, scale=scale, throw=False)
 
         solve_each = strategies.for_each_vector("inverse Hessian-vector products", solve_one)
-        solutions = [solve_each(vectors, partial(self._batches, session, run)) for run in runs]
+        at_work: list[int] = []
+        with session.naming("training", self._train, at_work):
+            solutions = [solve_each(vectors, partial(self._batches, session, run, at_work)) for run in runs]
         status = torch.stack([solution.status for solution in solutions]).amax(0)
         worst = Status(int(status.max()))
         if worst.failed:
@@ -273,10 +277,11 @@ class SimpleInfluence(InfluenceInterpreter):
             total = tree.add(total, solution.value)
         return tree.scale(1 / len(solutions), total), status
 
-    def _batches(self, session: Session, run: list[list[int]]) -> Iterator[Any]:
+    def _batches(self, session: Session, run: list[list[int]], at_work: list[int]) -> Iterator[Any]:
+        """The batches of a run; `at_work` holds the indices of the latest, so that an error can be traced to it."""
         for indices in progress.bar(run, description="LiSSA", show=self.progress):
-            with session.naming("training", self._train, indices):
-                yield session.batch([self._train[i] for i in indices])
+            at_work[:] = indices
+            yield session.batch([self._train[i] for i in indices])
 
     # ------------------------------------------------------------------ what it is worth
 

@@ -1,0 +1,102 @@
+import logging
+
+import pytest
+import torch
+
+from bridge import strategies
+from bridge.functional import Functional
+from lissa import SolverError
+
+
+def test_the_first_way_that_runs_is_kept_and_said_once(caplog):
+    calls = []
+
+    def refuses(x):
+        calls.append("refuses")
+        raise RuntimeError("vmap cannot")
+
+    def works(x):
+        calls.append("works")
+        return 2 * x
+
+    run = strategies.first_that_runs("doubles", refuses, works)
+    with caplog.at_level(logging.WARNING):
+        assert [run(1), run(2)] == [2, 4]
+    assert calls == ["refuses", "works", "works"]
+    assert [record.message for record in caplog.records] == [
+        "Computing doubles a slower way, because the model refused the fast one: vmap cannot"
+    ]
+
+
+def test_if_no_way_runs_the_last_error_counts_and_all_ways_stay_open():
+    broken = True
+
+    def fast(x):
+        if broken:
+            raise RuntimeError("fast")
+        return "fast"
+
+    def slow(x):
+        raise ValueError("slow")
+
+    run = strategies.first_that_runs("results", fast, slow)
+    with pytest.raises(ValueError, match="slow"):
+        run(0)
+    broken = False
+    assert run(0) == "fast"
+
+
+def test_a_failed_solve_is_not_a_refusal():
+    def fails(x):
+        raise SolverError("diverged", None)
+
+    with pytest.raises(SolverError):
+        strategies.first_that_runs("solutions", fails, lambda x: x)(0)
+
+
+def model(refuses=False):
+    """`loss_i = sum((w x_i)^3) + b`, batches of one, with `.item()` if vmap is to refuse."""
+
+    def loss_fn(params, batch):
+        (x,) = batch
+        if refuses:
+            x.sum().item()
+        return ((params["w"] * x) ** 3).sum(-1).mean() + params["b"]
+
+    params = {"w": torch.tensor([1.0, 2.0], dtype=torch.float64), "b": torch.tensor(0.5, dtype=torch.float64)}
+    return Functional(params, loss_fn, torch.device("cpu"))
+
+
+X = torch.tensor([[1.0, -1.0], [0.5, 2.0], [3.0, 1.0]], dtype=torch.float64)
+STACK = (X.unsqueeze(1),)
+W = torch.tensor([1.0, 2.0], dtype=torch.float64)
+GRADIENTS = {"w": 3 * (W * X) ** 2 * X, "b": torch.ones(3, dtype=torch.float64)}
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+@pytest.mark.parametrize("limit", [2**27, 1])
+def test_every_way_gives_the_same(refuses, limit, monkeypatch):
+    monkeypatch.setattr(strategies, "STACK_LIMIT", limit)
+    fn = model(refuses)
+    torch.testing.assert_close(
+        strategies.losses(fn)(STACK), ((W * X) ** 3).sum(1) + 0.5, check_dtype=True, rtol=1e-12, atol=0
+    )
+    gradients = strategies.gradients(fn)(STACK)
+    for name, expected in GRADIENTS.items():
+        torch.testing.assert_close(gradients[name], expected, rtol=1e-12, atol=0)
+
+    vectors = {"w": torch.eye(2, dtype=torch.float64), "b": torch.tensor([0.0, 1.0], dtype=torch.float64)}
+    expected = torch.stack([GRADIENTS["w"][:, 0], GRADIENTS["w"][:, 1] + 1])
+    torch.testing.assert_close(strategies.scores(fn)(vectors, STACK), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_for_each_vector_hands_every_vector_the_same_things(refuses):
+    def fn(v, things):
+        if refuses:
+            v["x"].sum().item()
+        return {"x": v["x"] + sum(things)}
+
+    run = strategies.for_each_vector("sums", fn)
+    got = run({"x": torch.tensor([[1.0], [2.0]])}, lambda: iter([10, 20]))
+    assert got["x"].tolist() == [[31.0], [32.0]]
