@@ -41,11 +41,12 @@ class Status(enum.IntEnum):
     CONVERGED = 1
     DIVERGED = 2
     NOT_FINITE = 3
+    INDEFINITE = 4
 
     @property
     def failed(self) -> bool:
         """Whether the solution holds no usable value."""
-        return self in (Status.DIVERGED, Status.NOT_FINITE)
+        return self >= Status.DIVERGED
 
     @property
     def explanation(self) -> str:
@@ -56,7 +57,7 @@ class Status(enum.IntEnum):
 _EXPLANATIONS = {
     Status.FINISHED: (
         "All requested steps were taken. This says nothing of accuracy: "
-        "compare `relative_residual` with the accuracy you need, or pass `rtol`."
+        "compare `relative_residual` with the accuracy you need; an `rtol`, if there was one, was not reached."
     ),
     Status.CONVERGED: "The relative residual fell to `rtol`.",
     Status.DIVERGED: (
@@ -68,6 +69,11 @@ _EXPLANATIONS = {
     Status.NOT_FINITE: (
         "A product or the right-hand side holds NaN or infinity. Look for NaN in the data and the parameters, "
         "and for an operation without a finite second derivative (sqrt or norm at 0, log of 0)."
+    ),
+    Status.INDEFINITE: (
+        "The matrix plus damping has a direction of negative or no curvature, so the system is not positive definite. "
+        "Raise `damping` above minus the smallest eigenvalue (see `estimate_spectrum`), use the Gauss-Newton product "
+        "(ggnvp), which has no negative one, or use solve_minres or solve_dense, which need none of this."
     ),
 }
 
@@ -82,6 +88,13 @@ class Solution(NamedTuple):
             which data.
         relative_residual: `residual_norm / |v|`; 0 if `v` is 0.
         steps: Number of steps taken, shape `()`.
+        residual_trace: The residual norm that the solver saw at each step, shape `(T,)`; NaN after the right-hand side
+            has ended. The solver's docstring says on which data.
+        standard_error: Length of the standard error of `value`, `sqrt(sum_j Var(x_j) / R)`, from R independent
+            repeats, shape `()`. NaN if there was one repeat; 0 for a solver without randomness.
+        samples: The R repeats' solutions, stacked; `value` is their mean. Empty if there was one repeat.
+            `lissa.uncertainty` turns them into the standard errors of scores.
+        state: From where the same call goes on, if the solver can; else empty.
     """
 
     value: Params
@@ -89,6 +102,10 @@ class Solution(NamedTuple):
     residual_norm: Tensor
     relative_residual: Tensor
     steps: Tensor
+    residual_trace: Tensor
+    standard_error: Tensor
+    samples: Params
+    state: Any
 
 
 class SolverError(RuntimeError):
