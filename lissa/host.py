@@ -33,6 +33,30 @@ def randint(high: int, size: int, generator: torch.Generator) -> Tensor:
     return _Draw.apply(lambda: torch.randint(high, (size,), generator=generator, device=generator.device))
 
 
+def normal(size: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Tensor:
+    """`torch.randn(size)` drawn once, not once for each vector of a surrounding `vmap`; moved to `device`."""
+
+    def draw() -> Tensor:
+        return torch.randn(size, dtype=dtype, device=generator.device, generator=generator).to(device)
+
+    return _Draw.apply(draw)
+
+
+def signs(size: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Tensor:
+    """Independent -1 and 1 with equal chances, drawn once like `normal`."""
+
+    def draw() -> Tensor:
+        bits = torch.randint(2, (size,), device=generator.device, generator=generator)
+        return (2 * bits - 1).to(dtype=dtype, device=device)
+
+    return _Draw.apply(draw)
+
+
+def number(value: Tensor) -> float:
+    """The largest entry of `value`, over all the vectors that surrounding `vmap`s run over; NaN if there is one."""
+    return float(_Largest.apply(value))
+
+
 class _Largest(torch.autograd.Function):
     @staticmethod
     def forward(values: Tensor) -> Tensor:

@@ -1,0 +1,180 @@
+"""The ends of the spectrum and the trace of a symmetric matrix, from products alone, each with its error.
+
+Knows products and a `torch.Generator`; knows nothing of losses or of what the numbers are for (see `lissa.tuning`).
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lissa import checks, host, tree
+from lissa.types import Matvec, Params
+
+ASYMMETRY_LIMIT = 0.01
+"""A matrix that is further from symmetric than this, relative to its size, is not one that rounding made so."""
+
+
+class Spectrum(NamedTuple):
+    """Eigenvalues of `H` at both ends and its trace, in the units of `H`; each of shape `()` but for `dimension`.
+
+    Attributes:
+        largest: Lower estimate of the largest eigenvalue (a Rayleigh quotient).
+        largest_bound: The largest eigenvalue is at most this with probability >= 1 - `risk` of `estimate_spectrum`.
+        smallest: Upper estimate of the smallest eigenvalue.
+        smallest_bound: The smallest eigenvalue is at least this with probability >= 1 - `risk`.
+        largest_residual: `|H q - largest q|`: some eigenvalue lies within this distance of `largest`.
+        smallest_residual: The same for `smallest`.
+        trace: The sum of all eigenvalues.
+        trace_error: Standard error of `trace`.
+        dimension: Number of eigenvalues, `P`.
+        products: Number of products taken.
+    """
+
+    largest: Tensor
+    largest_bound: Tensor
+    smallest: Tensor
+    smallest_bound: Tensor
+    largest_residual: Tensor
+    smallest_residual: Tensor
+    trace: Tensor
+    trace_error: Tensor
+    dimension: int
+    products: int
+
+
+def estimate_spectrum(
+    matvec: Matvec,
+    like: Params,
+    *,
+    generator: torch.Generator,
+    steps: int = 20,
+    probes: int = 10,
+    risk: float = 0.01,
+) -> Spectrum:
+    """`lambda_max`, `lambda_min` by Lanczos and `tr H = tr Q^T H Q + E z.(I - QQ^T) H (I - QQ^T) z` by probes.
+
+    Lanczos from a random start with full reorthogonalisation gives Ritz values inside the spectrum: `largest` is at
+    most lambda_max. How much it may fall short is known with probability `1 - risk` over the start, whatever the
+    matrix: by at most `e (lambda_max - lambda_min)` with `e = (ln(1.648 sqrt(P) / risk) / (2 steps - 1))^2`. The trace
+    is exact on the Lanczos vectors `Q` and estimated by random signs on the rest (Hutch++ with `Q` as its sketch).
+
+    Args:
+        matvec: `matvec(v) -> H v`, symmetric and the same at each call. For stochastic products take the mean over
+            some batches, `mean_matvec(matvec, batches)`: the estimates are then those of that sample.
+        like: Parameters that give keys, shapes and dtype.
+        generator: Where the start and the probes come from.
+        steps: Lanczos steps, at least 2; no more than P are taken. As many vectors are kept.
+        probes: Products for the rest of the trace; at least 2.
+        risk: Chance that `largest_bound` (or `smallest_bound`) does not hold.
+
+    Returns:
+        The `Spectrum`, after `steps + probes` products.
+
+    Raises:
+        ValueError: If an argument breaks its rule, a product is not finite, or the matrix is not symmetric or changes
+            from call to call (dropout, shuffling).
+
+    Example:
+        >>> def matvec(v):
+        ...     return {"x": torch.tensor([1.0, 2.0, 6.0]) * v["x"]}
+        >>> spectrum = estimate_spectrum(matvec, {"x": torch.zeros(3)}, generator=torch.Generator().manual_seed(0))
+        >>> [round(float(x), 3) for x in (spectrum.smallest, spectrum.largest, spectrum.trace)]
+        [1.0, 6.0, 9.0]
+
+    Source: J. Kuczynski and H. Wozniakowski, Estimating the largest eigenvalue by the power and Lanczos algorithms with
+    a random start, SIAM J. Matrix Anal. Appl. 13 (1992), theorem 4.2; R. Meyer, C. Musco, C. Musco and D. Woodruff,
+    Hutch++: optimal stochastic trace estimation, SOSA 2021, algorithm 1.
+    """
+    call = "estimate_spectrum"
+    checks.params(call, like, "like")
+    checks.generator(call, generator)
+    checks.count(call, "steps", steps, at_least=2)
+    checks.count(call, "probes", probes, at_least=2)
+    checks.positive(call, "risk", risk)
+    H, flat = flat_matvec(matvec, like), tree.flatten(like)
+    P = len(flat)
+
+    Q, H_Q, beta = _lanczos(H, flat, min(steps, P), generator)
+    T = Q @ H_Q.mT
+    if not host.any_true(T.isfinite().all()):
+        raise ValueError(f"`{call}(matvec=...)` must give finite products, got NaN or infinity.")
+    if host.any_true((T - T.mT).norm() > ASYMMETRY_LIMIT * T.norm()):
+        raise ValueError(
+            f"`{call}(matvec=...)` must be symmetric and the same at each call, and it is not: "
+            f"|Q^T H Q - its transpose| = {host.number((T - T.mT).norm() / T.norm()):.2g} of its size. "
+            "Fix the batches (`mean_matvec`) and switch dropout off."
+        )
+    values, vectors = torch.linalg.eigh((T + T.mT) / 2)
+    residuals = beta * vectors[-1].abs()
+    slack = 0.0 if _is_small(beta, H_Q) else _slack(P, len(Q), risk) * (values[-1] - values[0])
+
+    def probe() -> Tensor:
+        z = host.signs(P, flat.dtype, flat.device, generator)
+        z = z - Q.mT @ (Q @ z)
+        return z @ H(z)
+
+    rest = torch.stack([probe() for _ in range(probes)]) if len(Q) < P else torch.zeros_like(flat[:2])
+    return Spectrum(
+        largest=values[-1],
+        largest_bound=values[-1] + slack,
+        smallest=values[0],
+        smallest_bound=values[0] - slack,
+        largest_residual=residuals[-1],
+        smallest_residual=residuals[0],
+        trace=T.diagonal().sum() + rest.mean(),
+        trace_error=rest.std() / len(rest) ** 0.5,
+        dimension=P,
+        products=len(Q) + (probes if len(Q) < P else 0),
+    )
+
+
+def flat_matvec(matvec: Matvec, like: Params) -> Callable[[Tensor], Tensor]:
+    """`matvec` between flat vectors of shape `(P,)`."""
+
+    def product(flat: Tensor) -> Tensor:
+        v = tree.map(lambda t, like: t.to(like.dtype), tree.unflatten(flat, like), like)
+        return tree.flatten(matvec(v)).to(flat.dtype)
+
+    return product
+
+
+def _lanczos(
+    H: Callable[[Tensor], Tensor], like: Tensor, steps: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Orthonormal rows `Q` of the Krylov space of a random start, the rows `H Q`, and the length of what is left.
+
+    Each new vector is made orthogonal to all before it, twice: once is not enough in floating point (Parlett).
+    """
+    q = host.normal(len(like), like.dtype, like.device, generator)
+    q = q / q.norm()
+    Q, H_Q = q[None], H(q)[None]
+    while True:
+        r = H_Q[-1]
+        for _ in range(2):
+            r = r - Q.mT @ (Q @ r)
+        beta = r.norm()
+        if len(Q) == steps or _is_small(beta, H_Q):
+            return Q, H_Q, beta
+        q = r / beta
+        Q, H_Q = torch.cat([Q, q[None]]), torch.cat([H_Q, H(q)[None]])
+
+
+def _is_small(beta: Tensor, H_Q: Tensor) -> bool:
+    """Whether only rounding is left: the Krylov space of a random start then holds every distinct eigenvalue."""
+    size = H_Q.norm(dim=1).amax()
+    return not host.any_true(beta > 10 * torch.finfo(H_Q.dtype).eps * size)
+
+
+def _slack(P: int, steps: int, risk: float) -> float:
+    """How far the Ritz values may lie inside the spectrum, as a fraction of their own spread.
+
+    The theorem bounds the distance by `e` of the true spread; as both ends may fall short by that, the true spread is
+    at most `1 / (1 - 2e)` of the Ritz values'.
+    """
+    if steps >= P:
+        return 0.0
+    e = (math.log(1.648 * P**0.5 / risk) / (2 * steps - 1)) ** 2
+    return e / (1 - 2 * e) if e < 0.5 else math.inf
