@@ -17,23 +17,39 @@ from lissa.hvp import (
     hvp_reverse_over_reverse,
 )
 from lissa.influence import influence_scores, per_example_gradients
+from lissa.operators import mean_matvec
+from lissa.preconditioners import diagonal_preconditioner, nystroem_preconditioner
 from lissa.ranking import Ranking, ranking_init, ranking_update
-from lissa.recursion import LissaState, lissa_init, lissa_update, solve_lissa
+from lissa.recursion import LissaRun, LissaState, lissa_init, lissa_update, solve_lissa
 from lissa.sampling import batch_stream, index_stream, take
+from lissa.solvers import dense_matrix, solve_cg, solve_dense, solve_minres
+from lissa.spectrum import Spectrum, estimate_spectrum
+from lissa.svrg import solve_svrg
+from lissa.tuned import choose_settings, solve_tuned
+from lissa.tuning import Settings, least_damping, suggest_damping, tune_lissa
 from lissa.types import Batch, ExampleLossFn, LossFn, Params, Solution, SolverError, Status
+from lissa.uncertainty import ScoreInterval, score_bound, score_interval, settled_places
 
 __all__ = [
     "Batch",
     "ExampleLossFn",
+    "LissaRun",
     "LissaState",
     "LossFn",
     "Params",
     "Ranking",
+    "ScoreInterval",
+    "Settings",
     "Solution",
     "SolverError",
+    "Spectrum",
     "Status",
     "batch_stream",
     "choose_mode",
+    "choose_settings",
+    "dense_matrix",
+    "diagonal_preconditioner",
+    "estimate_spectrum",
     "ggnvp",
     "hvp",
     "hvp_auto",
@@ -45,12 +61,25 @@ __all__ = [
     "hvp_reverse_over_reverse",
     "index_stream",
     "influence_scores",
+    "least_damping",
     "lissa_init",
     "lissa_update",
+    "mean_matvec",
+    "nystroem_preconditioner",
     "per_example_gradients",
     "ranking_init",
     "ranking_update",
+    "score_bound",
+    "score_interval",
+    "settled_places",
+    "solve_cg",
+    "solve_dense",
     "solve_lissa",
+    "solve_minres",
+    "solve_svrg",
+    "solve_tuned",
+    "suggest_damping",
     "take",
     "tree",
+    "tune_lissa",
 ]

@@ -1,0 +1,182 @@
+"""One call: estimate the spectrum, choose the method, solve, check on all the data, and mend what did not suffice.
+
+Knows stacked data, the streams and the solvers; knows nothing of losses: curvature comes in as `matvec(batch, v)`.
+"""
+
+from typing import Any
+
+import torch
+
+from lissa import checks, host, operators, outcome, sampling, spectrum, tree
+from lissa.recursion import solve_lissa
+from lissa.solvers import solve_cg
+from lissa.svrg import solve_svrg
+from lissa.tuning import Settings, tune_lissa
+from lissa.types import BatchMatvec, Matvec, Params, Solution, Status
+
+SAMPLE = 512
+"""Examples on which the spectrum is estimated: at 30 products, a quarter of a pass over 60,000 examples."""
+
+CHUNK = 1024
+"""Examples a product on all the data takes at a time; the last chunk may be shorter and weighs less."""
+
+RESCUES = 4
+"""How often a solve that fell short goes on with twice the scale: an example may have 16 times the mean curvature."""
+
+
+def choose_settings(
+    matvec: BatchMatvec,
+    like: Params,
+    data: Any,
+    *,
+    damping: float,
+    generator: torch.Generator,
+    rtol: float = 1e-2,
+    batch_size: int | None = None,
+    method: str = "auto",
+    sample: int = SAMPLE,
+) -> Settings:
+    """`tune_lissa` of the spectrum on `sample` examples: the settings of `solve_tuned`, as data.
+
+    Args:
+        matvec: `matvec(batch, v) -> H_batch v`, for instance `partial(hvp, loss_fn, params)`.
+        like: Parameters that give keys, shapes and dtype.
+        data: As in `solve_tuned`.
+        damping: In the units of `H`.
+        generator: Where the sample and the probes come from.
+        rtol: The relative residual to reach.
+        batch_size: Examples a step; the default is the critical batch size.
+        method: As in `tune_lissa`.
+        sample: Examples the spectrum is estimated on; all, if there are fewer. The cost is 30 products on them.
+
+    Returns:
+        The `Settings`.
+
+    Raises:
+        ValueError: As `estimate_spectrum` and `tune_lissa` do.
+    """
+    checks.count("choose_settings", "sample", sample)
+    n = sampling.batch_length("choose_settings", data, "data")
+    rows = sampling.take(data, host.randperm(n, generator)[:sample]) if sample < n else data
+    found = spectrum.estimate_spectrum(lambda v: matvec(rows, v), like, generator=generator)
+    return tune_lissa(found, damping=damping, n=n, rtol=rtol, batch_size=batch_size, method=method)
+
+
+def solve_tuned(
+    matvec: BatchMatvec,
+    v: Params,
+    data: Any,
+    *,
+    damping: float,
+    generator: torch.Generator,
+    rtol: float = 1e-2,
+    settings: Settings | None = None,
+    full_matvec: Matvec | None = None,
+    throw: bool = True,
+) -> Solution:
+    """`x ~ (H + damping I)^-1 v` to a relative residual of `rtol` on all the data, with nothing set but the damping.
+
+    Chooses among LiSSA on full batches, LiSSA with averaging, variance-reduced LiSSA and CG by predicted cost. Where
+    small batches were chosen and fall short or diverge, it goes on with twice the scale, up to `RESCUES` times. For
+    several right-hand sides, or to freeze the numbers in a paper, call `choose_settings` once and pass `settings`.
+
+    Args:
+        matvec: `matvec(batch, v) -> H_batch v`, for instance `partial(hvp, loss_fn, params)`.
+        v: The right-hand side.
+        data: A tensor, or tuples, lists and dicts of tensors, that share their first dimension: one row an example.
+            For data of another kind pass `torch.arange(n)`; the batches that `matvec` gets are then indices.
+        damping: In the units of `H`.
+        generator: Where samples, probes and batches come from.
+        rtol: The relative residual to reach.
+        settings: From `choose_settings` or `tune_lissa`; they hold their own damping and rtol, which must agree.
+        full_matvec: `full_matvec(v) -> H v` on all the data; the default goes through `data` in chunks.
+        throw: Whether a failure raises `SolverError`. If False, it is data: `status` names it, `value` is all NaN.
+
+    Returns:
+        The `Solution`, its residual on all the data. `steps` are those of the method chosen.
+
+    Raises:
+        ValueError: If `H + damping I` is not positive definite (the message gives the least damping), or an argument
+            breaks its rule.
+        SolverError: If the solve failed and `throw` is True.
+
+    Example:
+        >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+        >>> def matvec(batch, v):
+        ...     return {"w": batch.T @ (batch @ v["w"]) / len(batch)}
+        >>> v = {"w": torch.ones(3)}
+        >>> solution = solve_tuned(matvec, v, x, damping=0.1, generator=torch.Generator().manual_seed(0))
+        >>> Status(int(solution.status)).name, bool(solution.relative_residual <= 1e-2)
+        ('CONVERGED', True)
+    """
+    call = "solve_tuned"
+    checks.params(call, v, "v")
+    checks.non_negative(call, "damping", damping)
+    checks.positive(call, "rtol", rtol)
+    checks.generator(call, generator)
+    n = sampling.batch_length(call, data, "data")
+    if settings is None:
+        settings = choose_settings(matvec, v, data, damping=damping, rtol=rtol, generator=generator)
+    if (settings.damping, settings.rtol) != (damping, rtol):
+        raise ValueError(
+            f"`{call}(settings=...)` are for damping={settings.damping:g}, rtol={settings.rtol:g}, "
+            f"got damping={damping:g}, rtol={rtol:g}."
+        )
+    full = full_matvec or _full_matvec(matvec, data, n)
+    if settings.method == "cg":
+        return solve_cg(full, v, damping=damping, rtol=rtol, steps=settings.steps, throw=throw)
+    if settings.method == "plain":
+        return solve_lissa(
+            lambda _, v: full(v), v, [None] * settings.steps, damping=damping, scale=settings.scale, rtol=rtol,
+            throw=throw,
+        )  # fmt: skip
+
+    batches = sampling.batch_stream(data, settings.batch_size, generator=generator, drop_last=settings.batch_size <= n)
+    epochs, scale, steps = settings.epochs, settings.scale, settings.steps
+    solution = _epochs(matvec, v, batches, full, settings, epochs, scale, steps)
+    for _ in range(RESCUES):
+        if not host.any_true(_unfinished(solution)):
+            break
+        epochs, scale, steps = max(epochs, 4), 2 * scale, 2 * steps
+        solution = _epochs(matvec, v, batches, full, settings, epochs, scale, steps, solution)
+    if throw:
+        outcome.raise_on_failure(f"{call}(damping={damping:g}, scale={scale:g})", solution)
+    return solution
+
+
+def _epochs(
+    matvec: BatchMatvec,
+    v: Params,
+    batches: Any,
+    full: Matvec,
+    settings: Settings,
+    epochs: int,
+    scale: float,
+    steps: int,
+    before: Solution | None = None,
+) -> Solution:
+    """Variance-reduced epochs from where `before` got to; one of them is averaged LiSSA. What is done is kept."""
+    x = None
+    if before is not None:
+        usable = before.status < Status.DIVERGED
+        x = tree.map(lambda t: torch.where(usable, t, torch.zeros_like(t)), before.value)
+    solution = solve_svrg(
+        matvec, v, batches, full_matvec=full, inner_steps=steps, damping=settings.damping, scale=scale,
+        average_after=steps * settings.average_after // settings.steps, epochs=epochs, rtol=settings.rtol, x=x,
+        throw=False,
+    )  # fmt: skip
+    if before is None:
+        return solution
+    return solution._replace(
+        steps=before.steps + solution.steps,
+        residual_trace=torch.cat([before.residual_trace, solution.residual_trace]),
+    )
+
+
+def _unfinished(solution: Solution) -> torch.Tensor:
+    return (solution.status != Status.CONVERGED) & (solution.status != Status.NOT_FINITE)
+
+
+def _full_matvec(matvec: BatchMatvec, data: Any, n: int) -> Matvec:
+    chunks = [sampling.take(data, slice(start, start + CHUNK)) for start in range(0, n, CHUNK)]
+    return operators.mean_matvec(matvec, chunks)
