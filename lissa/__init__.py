@@ -27,6 +27,7 @@ from lissa.spectrum import Spectrum, estimate_spectrum
 from lissa.svrg import solve_svrg
 from lissa.tuned import choose_settings, solve_tuned
 from lissa.tuning import Settings, least_damping, suggest_damping, tune_lissa
+from lissa.tracing import compiled, traced
 from lissa.types import Batch, ExampleLossFn, LossFn, Params, Solution, SolverError, Status
 from lissa.uncertainty import ScoreInterval, score_bound, score_interval, settled_places
 
@@ -46,6 +47,7 @@ __all__ = [
     "Status",
     "batch_stream",
     "choose_mode",
+    "compiled",
     "choose_settings",
     "dense_matrix",
     "diagonal_preconditioner",
@@ -80,6 +82,7 @@ __all__ = [
     "solve_tuned",
     "suggest_damping",
     "take",
+    "traced",
     "tree",
     "tune_lissa",
 ]

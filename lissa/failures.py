@@ -3,6 +3,8 @@
 Knows the words of torch's errors; knows nothing of how products are computed.
 """
 
+import functools
+import logging
 import re
 from typing import NamedTuple
 
@@ -100,3 +102,9 @@ def explained(call: str, error: Exception) -> Exception:
                 f"`{call}` failed: {cause.meaning.format(op=op.rstrip('.'))}. {cause.remedy} (torch: {first_line})"
             )
     return error
+
+
+@functools.cache
+def say_once(logger: logging.Logger, message: str) -> None:
+    """Logs a warning the first time it is asked to, however often a loop runs into its cause."""
+    logger.warning(message)

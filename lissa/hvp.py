@@ -6,6 +6,7 @@ batches are drawn.
 
 import functools
 import logging
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp
 
 from lissa import checks, tree
-from lissa.failures import explained
+from lissa.failures import explained, say_once
 from lissa.kernels import DifferentiableForwardMode, twice_differentiable
 from lissa.leafwise import leafwise
 from lissa.types import Batch, LossFn, Params
@@ -190,17 +191,31 @@ _COARSEST_ROUNDOFF = 1e-4
 
 
 def hvp_auto(loss_fn: LossFn, params: Params, batch: Batch, v: Params) -> Params:
-    """`H v` by the first strategy that runs. See `hvp`."""
+    """`H v` by the first strategy that runs; it is the first to be tried for the same `loss_fn` later. See `hvp`."""
     if torch.compiler.is_compiling():  # a compiler traces one strategy; it cannot trace a retry
         return hvp_reverse_over_reverse(loss_fn, params, batch, v)
-    return _first_that_runs(loss_fn, params, batch, v)[1]
+    mode = _remembered.get(loss_fn)
+    if mode is not None:
+        try:
+            return MODES[mode](loss_fn, params, batch, v)
+        except NotImplementedError:  # other data, or under a transform that this mode does not support
+            pass
+    mode, product = _first_that_runs(loss_fn, params, batch, v)
+    if mode != _AUTO_ORDER[0]:
+        _remembered[loss_fn] = mode
+    return product
+
+
+_remembered: weakref.WeakKeyDictionary[LossFn, str] = weakref.WeakKeyDictionary()
+"""For each loss that the first strategy fails on, the one that worked: thousands of products pay for a failure once.
+It only orders the attempts, so no result depends on it."""
 
 
 def choose_mode(loss_fn: LossFn, params: Params, batch: Batch) -> str:
-    """The mode that `"auto"` comes to for this loss: the first that runs. Choose once, then multiply many times.
+    """The mode that `"auto"` comes to for this loss: the first that runs.
 
-    `hvp(mode="auto")` starts from the first mode on every call, and pays for each failure again. The choice holds for
-    the kind of loss, not for one batch: pass a typical one.
+    For code that creates its loss anew for each product, from which `"auto"` cannot learn. The choice holds for the
+    kind of loss, not for one batch: pass a typical one.
 
     Args:
         loss_fn: `loss_fn(params, batch) -> ()`, the mean loss.
@@ -234,7 +249,7 @@ def _first_that_runs(loss_fn: LossFn, params: Params, batch: Batch, v: Params) -
             errors.append(error)
             continue
         if errors:
-            _say_once(f"hvp(mode='auto') uses mode={mode!r}, because: {errors[0]}")
+            say_once(logger, f"hvp(mode='auto') uses mode={mode!r}, because: {errors[0]}")
         return mode, product
     raise errors[0]
 
@@ -250,11 +265,6 @@ MODES: dict[str, HVP] = {
     "finite-difference": hvp_finite_difference,
 }
 """The strategies by name. Each has the signature `(loss_fn, params, batch, v) -> H v`."""
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    logger.warning(message)
 
 
 def hvp_of_graph(loss: Tensor, params: Sequence[Tensor], vectors: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -32,6 +32,16 @@ def twice_differentiable() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
+@contextmanager
+def without_onednn() -> Iterator[None]:
+    """Switches oneDNN off, whose LSTM has no forward-mode derivative and cannot be recorded, and back on exit."""
+    enabled = torch.backends.mkldnn.set_flags(_enabled=False)[0]
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.set_flags(_enabled=enabled)
+
+
 class DifferentiableForwardMode(TorchFunctionMode):
     """Inside it, derivatives of forward-mode derivatives are right, or an error names the operation.
 
