@@ -25,9 +25,9 @@ from lissa.sampling import batch_stream, index_stream, take
 from lissa.solvers import dense_matrix, solve_cg, solve_dense, solve_minres
 from lissa.spectrum import Spectrum, estimate_spectrum
 from lissa.svrg import solve_svrg
+from lissa.tracing import compiled, traced
 from lissa.tuned import choose_settings, solve_tuned
 from lissa.tuning import Settings, least_damping, suggest_damping, tune_lissa
-from lissa.tracing import compiled, traced
 from lissa.types import Batch, ExampleLossFn, LossFn, Params, Solution, SolverError, Status
 from lissa.uncertainty import ScoreInterval, score_bound, score_interval, settled_places
 
@@ -47,8 +47,8 @@ __all__ = [
     "Status",
     "batch_stream",
     "choose_mode",
-    "compiled",
     "choose_settings",
+    "compiled",
     "dense_matrix",
     "diagonal_preconditioner",
     "estimate_spectrum",
