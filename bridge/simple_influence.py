@@ -52,7 +52,8 @@ class SimpleInfluence(InfluenceInterpreter):
         ridge: The damping in the units of the Hessian; instead of `damping`.
         seed: Where the order of the LiSSA batches comes from.
         compat: `"allennlp"` for AllenNLP's own numbers run for run: order by Python's global `random`, training
-            gradients in train mode and kept in memory, scores rounded to float32, a solve for each test instance.
+            gradients in train mode and kept in memory, scores rounded to torch's default dtype (float32), a solve for
+            each test instance.
         progress: See `InfluenceInterpreter`.
         score_batch_size: See `InfluenceInterpreter`.
         measure_residual: Whether to measure the residual on the full training data after each solve, which costs a
@@ -350,7 +351,8 @@ class SimpleInfluence(InfluenceInterpreter):
             return
         for i, instance in enumerate(self._compat_instances):
             gradient = dict(zip(ihvps, instance.grads, strict=True))
-            yield [i], torch.vmap(tree.vdot, in_dims=(0, None))(ihvps, gradient).float().unsqueeze(1)
+            score = torch.vmap(tree.vdot, in_dims=(0, None))(ihvps, gradient)
+            yield [i], score.to(torch.get_default_dtype()).unsqueeze(1)
 
     def _train_losses(self, session: Session, chosen: Iterable[int]) -> dict[int, float]:
         if self._compat_instances is None:
