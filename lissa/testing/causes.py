@@ -18,8 +18,8 @@ def cause_of_product(problem: Problem, v: Params, got: Params, expected: Params,
     """The usual mistake whose answer `got` is, within `tolerance`; "" if it is none of them."""
     got_flat, expected_flat = tree.flatten(got).double(), tree.flatten(expected).double()
     suspects = _suspects(problem, tree.flatten(v).double())
-    return _nearest(got_flat, expected_flat, tolerance, suspects, problem.batch_size) or _float32(
-        problem.dtype, got_flat, expected_flat
+    return _nearest(got_flat, expected_flat, tolerance, suspects, problem.batch_size) or cause_of_precision(
+        problem.dtype, got, expected
     )
 
 
@@ -82,8 +82,10 @@ def _factor(ratio: float, batch_size: int) -> str:
     return "a factor"
 
 
-def _float32(dtype: torch.dtype, got: Tensor, expected: Tensor) -> str:
-    relative = float((got - expected).norm() / expected.norm()) if expected.norm() > 0 else 1.0
+def cause_of_precision(dtype: torch.dtype, got: Params, expected: Params, size: float | None = None) -> str:
+    """Whether a float64 answer is right to float32 only, relative to `size`, by default that of the right one."""
+    size = float(tree.norm(expected)) if size is None else size
+    relative = float(tree.norm(tree.map(lambda a, b: a.double() - b.double(), got, expected))) / size if size else 1.0
     if dtype == torch.float64 and relative < 1e-5:
         return f"it is right to {relative:.0e} only: float32 somewhere in a float64 path, or a difference quotient"
     return ""

@@ -31,14 +31,11 @@ def product_laws(
         (products.linearity, legal),
         (products.symmetry, legal),
     ]
-    if curvature == "hessian":
-        laws += [(products.difference_of_gradients, legal)]
-    else:
-        laws += [(products.semidefiniteness, legal)]
     if curvature == "gauss-newton":
         laws += [(products.linear_model, draw(models=("linear",), min_batch_size=min_batch_size))]
     laws += [
         (products.additivity, draw(min_batch_size=2)),
+        (products.difference_of_gradients if curvature == "hessian" else products.semidefiniteness, legal),
         (products.key_order, legal),
         (products.reparametrisation, legal),
         (products.dense_agreement, legal),
@@ -110,8 +107,8 @@ def solver_laws(
         solvers.purity,
         solvers.determinism,
         solvers.meaning_of_damping,
-        solvers.linearity,
         solvers.residual,
+        solvers.linearity,
         solvers.key_order,
         solvers.rotation,
         solvers.ridge_solution,
@@ -175,7 +172,7 @@ def check_solver(
     return check_laws(laws, solve, case=operator, max_examples=max_examples, seed=seed)
 
 
-def sampling_solver_laws(*, rtol: float = 0.3, exact_rtol: float = 1e-2) -> tuple[Law, ...]:
+def sampling_solver_laws(*, rtol: float = 0.8, exact_rtol: float = 1e-2) -> tuple[Law, ...]:
     """The laws of solvers that draw batches. Arguments: `check_sampling_solver`."""
     samples = strategies.batch_streams(rtol=rtol, exact_rtol=exact_rtol)
     laws = (
@@ -192,7 +189,7 @@ def sampling_solver_laws(*, rtol: float = 0.3, exact_rtol: float = 1e-2) -> tupl
 def check_sampling_solver(
     solve: sampling_solvers.SamplingSolver,
     *,
-    rtol: float = 0.3,
+    rtol: float = 0.8,
     exact_rtol: float = 1e-2,
     samples: Samples | None = None,
     max_examples: int = 100,
@@ -226,10 +223,10 @@ def score_laws(*, dtypes: tuple[torch.dtype, ...] = DTYPES, min_batch_size: int 
         scores.form,
         scores.purity,
         scores.determinism,
-        scores.sign,
-        scores.linearity,
         scores.example_order,
         scores.batching,
+        scores.sign,
+        scores.linearity,
         scores.dense_agreement,
         scores.leave_one_out,
     )

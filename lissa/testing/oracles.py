@@ -68,14 +68,23 @@ def product_tolerance(problem: Problem, v: Params) -> float:
     exact = problem.in_float64()
     v = tree.map(lambda t: t.double(), v)
     u = torch.finfo(problem.dtype).eps / 2
-    rows = problem.batch["y"].numel()
-    m = 4 * (rows + tree.numel(problem.params)) + 300
+    m = _roundings(problem)
     tolerance = m * u * _sensitivity(exact, v, _product)
     if problem.accuracy == "difference" and tree.norm(v) > 0:
         e = difference_step(problem, v)
         truncation = tree.norm(tree.sub(gradient_difference(exact, v, 2 * e), gradient_difference(exact, v, e)))
         tolerance += 16 * float(truncation) + 4 * m * u * _sensitivity(exact, v, _gradient_alone) / e
     return tolerance
+
+
+def result_tolerance(problem: Problem, *results: Params) -> float:
+    """`m u` times the lengths of results: what rounding makes of results that are compared with each other.
+
+    The tolerance of a product is in the size of the right answer. Laws that compare two answers of the code under test
+    allow for their own size too, so that a wrong size alone is left to the laws that judge it.
+    """
+    u = torch.finfo(problem.dtype).eps / 2
+    return _roundings(problem) * u * sum(float(tree.norm(result)) for result in results)
 
 
 def score_tolerance(problem: Problem, ihvp: Params) -> float:
@@ -109,6 +118,11 @@ def error(got: Params, expected: Params) -> float:
     """`|got - expected|` in float64; infinite where an entry is not finite."""
     length = torch.linalg.vector_norm(tree.flatten(got).double() - tree.flatten(expected).double())
     return float(length) if length.isfinite() else float("inf")
+
+
+def _roundings(problem: Problem) -> int:
+    """m, on the longest path: see `product_tolerance`."""
+    return 4 * (problem.batch["y"].numel() + tree.numel(problem.params)) + 300
 
 
 def _product(problem: Problem, params: Params, batch: Any, weights: Tensor, v: Params) -> Params:

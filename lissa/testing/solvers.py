@@ -117,7 +117,10 @@ def dense_agreement(solve: Solver, operator: Operator) -> None:
 
 
 def linearity(solve: Solver, operator: Operator) -> None:
-    """`solve(2 u - v/2) = 2 solve(u) - solve(v)/2` and `solve(0) = 0`, within the three errors; the latter is exact."""
+    """`solve(2 u - v/2) = 2 solve(u) - solve(v)/2`, `solve(v/64) = solve(v)/64` and `solve(0) = 0`.
+
+    Within the errors of the solves; the last is exact.
+    """
     u, v = operator.u, operator.v
     w = tree.add_scaled(tree.scale(2.0, u), -0.5, v)
     x_u, x_v, x_w = (solution_of(linearity, solve, operator, b) for b in (u, v, w))
@@ -129,6 +132,16 @@ def linearity(solve: Solver, operator: Operator) -> None:
         what="solve(2 u - v/2) is not 2 solve(u) - solve(v)/2",
         case=operator,
         cause=lambda: "steps end at an absolute size, v is normalised and not restored, or a start is not 0",
+    )
+    short = tree.scale(1 / 64, v)
+    require_close(
+        linearity,
+        solution_of(linearity, solve, operator, short),
+        tree.scale(1 / 64, x_v),
+        error_tolerance(operator, short) + error_tolerance(operator, v) / 64,
+        what="solve(v/64) is not solve(v)/64",
+        case=operator,
+        cause=lambda: "steps end at an absolute size of the residual: compare it with rtol |v|",
     )
     zeros = tree.zeros_like(v)
     require_close(
