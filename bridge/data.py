@@ -209,6 +209,16 @@ class SimpleDataLoader:
             yield batch if self.device is None else to_device(batch, self.device)
 
 
+def check_dataset(call: str, name: str, dataset: Any) -> None:
+    """`dataset` must be a dataset, or an iterable, of instances; not one instance, a path or a table of columns."""
+    wrong = isinstance(dataset, (str, bytes, Mapping, Tensor, Instance))
+    if wrong or not (is_sequence(dataset) or isinstance(dataset, Iterable)):
+        raise TypeError(
+            f"`{call}({name}=...)` must be a dataset or an iterable of instances, (x, y) pairs or mappings, "
+            f"got {type(dataset).__name__}."
+        )
+
+
 def is_sequence(instances: Any) -> bool:
     """Whether `instances` can be indexed and counted, as a list or a map-style `torch.utils.data.Dataset` can."""
     return hasattr(instances, "__len__") and hasattr(instances, "__getitem__") and not isinstance(instances, Mapping)

@@ -191,6 +191,11 @@ def _loss(call: Callable[..., Any], batch: Batch, output_loss: OutputLoss | None
                 f"`loss_fn` is needed where instances are not mappings, got a batch of type {type(batch).__name__}: "
                 "pass `loss_fn(output, y)`."
             )
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise TypeError(
+                "With `loss_fn`, an instance must be an (x, y) pair, which makes a batch of two parts, got a batch of "
+                f"type {type(batch).__name__}."
+            )
         x, y = batch
         output = call((), dict(x)) if isinstance(x, Mapping) else call((x,))
         loss = output_loss(output, y)

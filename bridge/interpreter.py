@@ -3,19 +3,29 @@
 Knows instances, files read through readers, and which training example is which; knows nothing of solvers.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from bridge import settings, strategies
-from bridge.data import CollateFn, DatasetReader, Instance, Lazy, LazyLoader, SimpleDataLoader, collate, is_sequence
+from bridge.archives import FromArchive
+from bridge.data import (
+    CollateFn,
+    DatasetReader,
+    Lazy,
+    LazyLoader,
+    SimpleDataLoader,
+    check_dataset,
+    collate,
+    is_sequence,
+)
 from bridge.functional import OutputLoss, evaluation, functional, unused
-from bridge.registry import Registrable
+from bridge.outputs import BothEnds, InstanceInfluence, InstanceWithGrads, InterpretOutput
 from bridge.session import Session, check_finite
 from lissa import Params, checks, ranking_init, ranking_update, tree
 
@@ -29,44 +39,7 @@ Solve = Callable[[Params], Params]
 """`K stacked test gradients -> K stacked (H + damping I)^-1 v`."""
 
 
-class InstanceInfluence(NamedTuple):
-    """A training instance, its loss, and its influence score.
-
-    The score is `+ grad_train . (H + damping I)^-1 grad_test`, not divided by the number n of training examples.
-    Positive = helpful: without this instance the test loss would be about `score / n` higher.
-    """
-
-    instance: Any
-    loss: float
-    score: float
-
-
-class InterpretOutput(NamedTuple):
-    """A test instance, its loss, and the training instances with the largest scores, largest first."""
-
-    test_instance: Any
-    loss: float
-    top_k: list[InstanceInfluence]
-
-
-class BothEnds(NamedTuple):
-    """A test instance, its loss, and both ends of the ranking: most helpful first, most harmful first."""
-
-    test_instance: Any
-    loss: float
-    most_helpful: list[InstanceInfluence]
-    most_harmful: list[InstanceInfluence]
-
-
-class InstanceWithGrads(NamedTuple):
-    """A training instance, its loss, and its gradients in the order of `used_params`."""
-
-    instance: Any
-    loss: float
-    grads: Sequence[Tensor]
-
-
-class InfluenceInterpreter(Registrable):
+class InfluenceInterpreter(FromArchive):
     """Ranks training instances by their influence on the loss of test instances.
 
     Subclasses implement `_solver`. Nothing of the model that is passed in changes, nor any global random state.
@@ -235,83 +208,6 @@ class InfluenceInterpreter(Registrable):
                 found.append(InstanceWithGrads(instance, float(loss), tuple(gradient.values())))
         return found
 
-    # ------------------------------------------------------------------ AllenNLP archives
-
-    @classmethod
-    def from_path(
-        cls,
-        archive_path: str | Path,
-        *,
-        interpreter_name: str | None = None,
-        train_data_path: Any = None,
-        train_data_loader: LazyLoader = Lazy(SimpleDataLoader.from_dataset_reader),  # noqa: B008
-        test_data_loader: LazyLoader = Lazy(SimpleDataLoader.from_dataset_reader),  # noqa: B008
-        params_to_freeze: list[str] | None = None,
-        cuda_device: int = -1,
-        import_plugins: bool = True,
-        overrides: str | dict[str, Any] = "",
-        **extras: Any,
-    ) -> "InfluenceInterpreter":
-        """The interpreter of a model archived by AllenNLP, which must be installed.
-
-        Args:
-            archive_path: The archive.
-            interpreter_name: A registered name; the default is `default_implementation`.
-            train_data_path: The default is the archive's own.
-            train_data_loader: See the class.
-            test_data_loader: See the class.
-            params_to_freeze: See the class.
-            cuda_device: See the class.
-            import_plugins: Whether to import AllenNLP's plugins first.
-            overrides: For the archive's configuration.
-            **extras: More arguments of the interpreter.
-
-        Returns:
-            The interpreter.
-        """
-        from allennlp.common import plugins  # pyright: ignore[reportMissingImports]
-        from allennlp.models import load_archive  # pyright: ignore[reportMissingImports]
-
-        if import_plugins:
-            plugins.import_plugins()
-        return cls.from_archive(
-            load_archive(archive_path, cuda_device=cuda_device, overrides=overrides),
-            interpreter_name=interpreter_name,
-            train_data_path=train_data_path,
-            train_data_loader=train_data_loader,
-            test_data_loader=test_data_loader,
-            params_to_freeze=params_to_freeze,
-            cuda_device=cuda_device,
-            **extras,
-        )
-
-    @classmethod
-    def from_archive(
-        cls,
-        archive: Any,
-        *,
-        interpreter_name: str | None = None,
-        train_data_path: Any = None,
-        train_data_loader: LazyLoader = Lazy(SimpleDataLoader.from_dataset_reader),  # noqa: B008
-        test_data_loader: LazyLoader = Lazy(SimpleDataLoader.from_dataset_reader),  # noqa: B008
-        params_to_freeze: list[str] | None = None,
-        cuda_device: int = -1,
-        **extras: Any,
-    ) -> "InfluenceInterpreter":
-        """The interpreter of an AllenNLP `Archive` that is already loaded; see `from_path`."""
-        interpreter = InfluenceInterpreter.by_name(interpreter_name or cls.default_implementation)
-        return interpreter(
-            model=archive.model,
-            train_data_path=train_data_path or archive.config["train_data_path"],
-            train_dataset_reader=archive.dataset_reader,
-            test_dataset_reader=archive.validation_dataset_reader,
-            train_data_loader=train_data_loader,
-            test_data_loader=test_data_loader,
-            params_to_freeze=params_to_freeze,
-            cuda_device=cuda_device,
-            **extras,
-        )
-
     # ------------------------------------------------------------------ for subclasses
 
     def _solver(self, session: Session) -> Solve:
@@ -422,10 +318,7 @@ class InfluenceInterpreter(Registrable):
         return loader.instances if isinstance(loader, SimpleDataLoader) else list(loader.iter_instances())
 
     def _listed(self, call: str, test_instances: Any) -> list[Any]:
-        if isinstance(test_instances, (str, bytes, Mapping, Instance)):
-            raise TypeError(
-                f"`{call}(test_instances=...)` must be a list of instances, got one {type(test_instances).__name__}."
-            )
+        check_dataset(call, "test_instances", test_instances)
         if is_sequence(test_instances):
             return [test_instances[i] for i in range(len(test_instances))]
         return list(test_instances)

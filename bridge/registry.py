@@ -59,12 +59,12 @@ class Registrable:
 
     @classmethod
     def by_name(cls, name: str) -> Callable[..., Any]:
-        """The class registered under `name`, or the class method registered to construct it.
+        """The class registered under `name` here or at a base class, or the class method registered to construct it.
 
         Raises:
             ValueError: If there is none.
         """
-        registry = Registrable._registry.get(cls, {})
+        registry = cls._known()
         if name not in registry:
             close = difflib.get_close_matches(name, registry, n=1)
             hint = f"Did you mean {close[0]!r}? " if close else ""
@@ -78,7 +78,13 @@ class Registrable:
     @classmethod
     def list_available(cls) -> list[str]:
         """All names, the default implementation first."""
-        return sorted(Registrable._registry.get(cls, {}), key=lambda name: name != cls.default_implementation)
+        return sorted(cls._known(), key=lambda name: name != cls.default_implementation)
+
+    @classmethod
+    def _known(cls) -> dict[str, tuple[type, str | None]]:
+        """All that is registered at this class and its bases; the nearest wins."""
+        bases = [base for base in reversed(cls.__mro__) if base in Registrable._registry]
+        return {name: entry for base in bases for name, entry in Registrable._registry[base].items()}
 
 
 def _same_source(old: type, new: type) -> bool:
