@@ -46,6 +46,7 @@ def ggnvp(output_fn: OutputFn, output_loss_fn: OutputLossFn, params: Params, bat
     """
     checks.params("ggnvp", params)
     checks.vector("ggnvp", params, v)
+    v = {key: v[key] for key in params}
     output_loss = checks.scalar_loss("ggnvp", output_loss_fn, "output_loss_fn")
 
     def model(params: Params) -> Tensor:

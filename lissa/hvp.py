@@ -77,6 +77,7 @@ def _strategy(mode: str) -> Callable[[HVP], HVP]:
         def strategy(loss_fn: LossFn, params: Params, batch: Batch, v: Params) -> Params:
             checks.params("hvp", params)
             checks.vector("hvp", params, v)
+            v = {key: v[key] for key in params}
             loss_fn = checks.deterministic("hvp", checks.scalar_loss("hvp", loss_fn), params)
             if torch.compiler.is_compiling():  # a compiler traces neither switches nor handlers
                 return formula(loss_fn, params, batch, v)

@@ -183,6 +183,18 @@ def test_changes_nothing_of_the_callers(mode):
 
 
 @pytest.mark.parametrize("mode", list(MODES))
+def test_the_order_of_the_vectors_keys_does_not_matter(mode):
+    problem, v = problems.mlp(), random_vector(problems.mlp())
+    turned = dict(reversed(v.items()))
+
+    expected = hvp(problem.loss_fn, problem.params, problem.batch, v, mode=mode)
+    got = hvp(problem.loss_fn, problem.params, problem.batch, turned, mode=mode)
+
+    assert list(got) == list(problem.params)
+    assert all(torch.equal(got[k], expected[k]) for k in got)
+
+
+@pytest.mark.parametrize("mode", list(MODES))
 def test_does_not_depend_on_grad_mode(mode):
     problem, v = problems.mlp(), random_vector(problems.mlp())
     expected = flatten(hvp(problem.loss_fn, problem.params, problem.batch, v, mode=mode))
