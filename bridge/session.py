@@ -74,21 +74,27 @@ class Session:
             yield
         except SolverError:
             raise
-        except Exception as error:
+        except Exception:
             indices = list(indices)
             for i in indices:
                 self._try(role, instances, i)
-            if len(indices) > 1:
-                raise ValueError(
-                    f"The {role} instances {_listed(indices)} work one by one but not in one batch. If they differ in "
-                    f"shape, pass a `collate_fn` that pads them. {type(error).__name__}: {error}"
-                ) from error
+            self._try_together(role, instances, indices)
             raise
 
     def first_not_finite(self, role: str, instances: Sequence[Any]) -> None:
         """Raises a ValueError that names the first instance whose loss or gradient is not finite, if there is one."""
         for i in range(len(instances)):
             self.loss_and_gradient(role, instances, i)
+
+    def _try_together(self, role: str, instances: Sequence[Any], indices: list[int]) -> None:
+        chosen = indices[:_MOST_TOGETHER]
+        try:
+            loss_and_gradient(self.model.loss_fn, self.model.params, self.batch([instances[i] for i in chosen]))
+        except Exception as error:
+            raise ValueError(
+                f"The {role} instances {_listed(chosen)} work one by one but not in one batch. If they differ in "
+                f"shape, pass a `collate_fn` that pads them. {type(error).__name__}: {error}"
+            ) from error
 
     def _try(self, role: str, instances: Sequence[Any], i: int) -> None:
         try:
@@ -107,6 +113,10 @@ def check_finite(what: str, role: str, indices: Sequence[int], values: Tensor) -
             f"{role.capitalize()} instance {i}: its {what} is not finite. Look for NaN or infinity in its data, and "
             "nothing was ranked."
         )
+
+
+_MOST_TOGETHER = 256
+"""Most instances put in one batch to see whether that is what fails."""
 
 
 def _listed(indices: list[int], most: int = 8) -> str:

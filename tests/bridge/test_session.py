@@ -42,17 +42,20 @@ def test_an_instance_that_fails_by_itself_is_named():
 
 
 def test_instances_that_fail_together_alone_are_said_to():
-    data = pairs(3)
+    data = [(torch.ones(n, 4, dtype=torch.float64), torch.zeros(n, dtype=torch.int64)) for n in (1, 2, 3)]
+    work = session(lambda params, batch: (batch[0] @ params["weight"].T).square().mean())
     with (
         pytest.raises(ValueError, match=r"instances 0, 1, 2 work one by one but not in one batch.*collate_fn"),
-        session().naming("training", data, range(3)),
+        work.naming("training", data, range(3)),
     ):
-        raise RuntimeError("stack expects equal sizes")
+        work.batch(data)
 
 
 def test_an_error_that_is_no_instances_fault_is_kept():
     data = pairs(3)
     with pytest.raises(RuntimeError, match="elsewhere"), session().naming("training", data, [0]):
+        raise RuntimeError("elsewhere")
+    with pytest.raises(RuntimeError, match="elsewhere"), session().naming("training", data, range(3)):
         raise RuntimeError("elsewhere")
     with pytest.raises(SolverError), session().naming("training", data, range(3)):
         raise SolverError("diverged", None)
