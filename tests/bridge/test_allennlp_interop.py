@@ -122,6 +122,14 @@ class MLP(OfPoints):
         return self.proj_out(torch.tanh(self.proj(x)))
 
 
+class Branching(OfPoints):
+    """`extra` is used by some batches, and not by the first training instance: AllenNLP then leaves it out for all."""
+
+    def logits(self, x):
+        first = next(iter(Points().read("1:1")))["x"].array[4]
+        return self.proj(x) + (self.extra(x) if bool((x[:, 4] > first).any()) else 0.0)
+
+
 @Model.register("of-text", exist_ok=True)
 class OfText(Model):
     def __init__(self, vocab, lstm=False, sparse=False):
@@ -146,6 +154,10 @@ class OfText(Model):
 
 def softmax_regression(**kwargs):
     return OfPoints(proj=nn.Linear(5, 3), **kwargs), Points()
+
+
+def branching():
+    return Branching(proj=nn.Linear(5, 3), extra=nn.Linear(5, 3)), Points()
 
 
 def mlp(**kwargs):
@@ -174,6 +186,7 @@ CASES = {
     "mlp": (mlp, {**MULTI_STEP, "damping": 0.05}),
     "mlp, frozen by prefix": (mlp, {**MULTI_STEP, "damping": 0.05, "params_to_freeze": ["proj_out"]}),
     "softmax regression, bias frozen": (softmax_regression, {**MULTI_STEP, "params_to_freeze": [".*bias"]}),
+    "a parameter the first instance does not use": (branching, MULTI_STEP),
     "dropout": (lambda: mlp(dropout=0.3), {**MULTI_STEP, "damping": 0.05}),
     "bag of embeddings": (text_model, {**MULTI_STEP, "damping": 0.05}),
     "packed lstm": (lambda: text_model(lstm=True), {**MULTI_STEP, "damping": 0.05, "recursion_depth": 10}),
