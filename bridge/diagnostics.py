@@ -25,9 +25,10 @@ class Diagnostics(NamedTuple):
     """What is known of the solves `(H + damping I) x = v` of one call, one entry for each right-hand side.
 
     Attributes:
+        solver: Its name; for LiSSA that chose its own way, that way in brackets.
         damping: In the units of the Hessian (AllenNLP's `damping` times `scale`).
         scale: The step size is `1 / scale`.
-        steps: LiSSA steps of one sample.
+        steps: LiSSA steps of one run; the most products of any right-hand side for the other solvers.
         num_samples: Runs averaged.
         examples: Training examples.
         batch_size: Training examples a step.
@@ -36,6 +37,7 @@ class Diagnostics(NamedTuple):
         cosine_with_gradient: Cosine of the angle between `x` and `v`; 1 if the inverse Hessian changed nothing.
     """
 
+    solver: str
     damping: float
     scale: float
     steps: int
@@ -48,11 +50,9 @@ class Diagnostics(NamedTuple):
 
     def in_words(self) -> str:
         """What was solved and what to think of it."""
-        runs = "run" if self.num_samples == 1 else "runs"
         lines = [
-            f"Solved (H + damping I) x = v with an effective damping of {self.damping:g} and scale {self.scale:g}, "
-            f"in {self.num_samples} {runs} of {self.steps} LiSSA steps of {self.batch_size} of {self.examples} "
-            f"training examples, for {len(self.status)} right-hand sides."
+            f"Solved (H + damping I) x = v with an effective damping of {self.damping:g} {self._way()}, "
+            f"for {len(self.status)} right-hand sides."
         ]
         if len(self.status) and not self.relative_residual.isnan().all():
             verdict = "they are solved" if float(self.relative_residual.max()) <= ACCURATE else "they are not solved"
@@ -61,12 +61,21 @@ class Diagnostics(NamedTuple):
             lines.append(f"Cosine between x and the plain gradient: {_span(self.cosine_with_gradient, '.6f')}.")
         return " ".join(lines + self.problems())
 
+    def _way(self) -> str:
+        if not self.solver.startswith("lissa"):
+            return f"by {self.solver} in at most {self.steps} steps on all {self.examples} training examples"
+        runs = "run" if self.num_samples == 1 else "runs"
+        return (
+            f"and scale {self.scale:g}, by {self.solver} in {self.num_samples} {runs} of {self.steps} LiSSA steps of "
+            f"{self.batch_size} of {self.examples} training examples"
+        )
+
     def problems(self) -> list[str]:
         """One sentence for each reason to distrust the scores; none if there is none."""
         found = []
         if not len(self.status):
             return found
-        if self.steps == 0:
+        if self.steps == 0 and self.solver == "lissa":
             found.append(
                 f"No LiSSA step was taken: recursion_depth is a fraction of the {-(-self.examples // self.batch_size)} "
                 f"batches ({self.examples} examples in batches of {self.batch_size}) and rounds down to 0. "
@@ -97,14 +106,17 @@ def joined(parts: list[Diagnostics]) -> Diagnostics:
     return parts[0]._replace(**{name: torch.cat([getattr(part, name) for part in parts]) for name in tensors})
 
 
-def failure_advice(worst: Status, damping: float, scale: float) -> str:
+def failure_advice(worst: Status, solver: str, damping: float, scale: float) -> str:
     """What a failed solve means in terms of the arguments of `SimpleInfluence`."""
-    what = f"LiSSA with scale={scale:g} and an effective damping of {damping:g} ended {worst.name}. {worst.explanation}"
+    with_scale = f"scale={scale:g} and " if solver.startswith("lissa") else ""
+    what = f"{solver} with {with_scale}an effective damping of {damping:g} ended {worst.name}. {worst.explanation}"
     if worst is Status.DIVERGED:
         what += (
             f" Here: raise `scale` above {scale:g}, keeping the damping by giving it as `ridge={damping:g}`; "
-            f"or raise the damping, `ridge` above {damping:g}."
+            f"or raise the damping, `ridge` above {damping:g}; or let it be chosen: scale='auto'."
         )
+    elif worst is Status.INDEFINITE:
+        what += f" Here: raise the damping, `ridge` above {damping:g}, or use solver='minres' or 'dense'."
     return what
 
 

@@ -6,7 +6,7 @@ Here, and only here, AllenNLP's `damping` d becomes `damping = d * scale` in the
 import math
 import numbers
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +18,11 @@ DEFAULT_DAMPING = float("3e-3")
 """AllenNLP's default. An object of its own, so that `damping is DEFAULT_DAMPING` tells whether damping was given."""
 
 
+SOLVER_NAMES = ("lissa", "cg", "minres", "dense", "auto")
+
+
 class LissaSettings(NamedTuple):
-    """How LiSSA is run.
+    """What is solved and how. None where it is to be chosen from the spectrum.
 
     Attributes:
         batch_size: Training examples a step.
@@ -27,13 +30,17 @@ class LissaSettings(NamedTuple):
         scale: The step size is `1 / scale`.
         steps: Steps of one run.
         num_samples: Runs averaged.
+        solver: One of `SOLVER_NAMES`.
+        rtol: The relative residual that solvers stop at, where they choose their own steps.
     """
 
     batch_size: int
-    damping: float
-    scale: float
-    steps: int
+    damping: float | None
+    scale: float | None
+    steps: int | None
     num_samples: int
+    solver: str = "lissa"
+    rtol: float = 1e-2
 
 
 def lissa_settings(
@@ -45,31 +52,54 @@ def lissa_settings(
     scale: Any,
     recursion_depth: Any,
     num_samples: Any,
+    solver: Any = "lissa",
+    rtol: Any = 1e-2,
 ) -> LissaSettings:
     """The settings for so many training examples, from the arguments of `SimpleInfluence`.
 
     Example:
         >>> lissa_settings(examples=1000, lissa_batch_size=8, damping=DEFAULT_DAMPING, ridge=None, scale=1e4,
         ...                recursion_depth=0.25, num_samples=1)
-        LissaSettings(batch_size=8, damping=30.0, scale=10000.0, steps=31, num_samples=1)
+        LissaSettings(batch_size=8, damping=30.0, scale=10000.0, steps=31, num_samples=1, solver='lissa', rtol=0.01)
     """
     call = "SimpleInfluence"
+    checks.one_of(call, "solver", solver, SOLVER_NAMES)
+    checks.positive(call, "rtol", rtol)
     checks.count(call, "lissa_batch_size", lissa_batch_size)
     checks.count(call, "num_samples", num_samples)
-    checks.positive(call, "scale", scale)
-    if ridge is None:
-        checks.non_negative(call, "damping", damping)
-        damping_of_H = float(damping) * float(scale)
-    else:
-        checks.non_negative(call, "ridge", ridge)
-        if damping is not DEFAULT_DAMPING:
+    scale_of_H = _auto_or(scale, lambda: checks.positive(call, "scale", scale))
+    damping_of_H = _damping(call, damping, ridge, scale_of_H, solver)
+    batches = math.ceil(examples / lissa_batch_size)
+    steps = None if recursion_depth == "auto" else _steps(call, recursion_depth, batches)
+    return LissaSettings(int(lissa_batch_size), damping_of_H, scale_of_H, steps, int(num_samples), solver, float(rtol))
+
+
+def _damping(call: str, damping: Any, ridge: Any, scale: float | None, solver: str) -> float | None:
+    """In the units of the Hessian: `ridge`, or AllenNLP's `damping * scale`; None where none was given."""
+    given = damping is not DEFAULT_DAMPING
+    if ridge is not None:
+        if given:
             raise ValueError(
                 f"`{call}(damping=..., ridge=...)`: give one of the two, got damping={damping} and ridge={ridge}. "
                 "`ridge` is in the units of the Hessian; AllenNLP's `damping` is ridge / scale."
             )
-        damping_of_H = float(ridge)
-    steps = _steps(call, recursion_depth, math.ceil(examples / lissa_batch_size))
-    return LissaSettings(int(lissa_batch_size), damping_of_H, float(scale), steps, int(num_samples))
+        return _auto_or(ridge, lambda: checks.non_negative(call, "ridge", ridge))
+    checks.non_negative(call, "damping", damping)
+    if scale is not None and (given or solver == "lissa"):
+        return float(damping) * scale
+    if given:
+        raise ValueError(
+            f"`{call}(scale='auto')`: AllenNLP's damping is in units of 1 / scale, got damping={damping}. "
+            "Give `ridge`, the damping in the units of the Hessian."
+        )
+    return None
+
+
+def _auto_or(value: Any, check: Callable[[], None]) -> float | None:
+    if isinstance(value, str) and value == "auto":
+        return None
+    check()
+    return float(value)
 
 
 def _steps(call: str, depth: Any, batches: int) -> int:

@@ -5,7 +5,7 @@ Knows how LiSSA's batches are drawn and what its result is worth; the numerics a
 
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,13 +15,14 @@ from torch.utils.data import Dataset
 
 from bridge import compat as allennlp_order
 from bridge import diagnostics as report
-from bridge import progress, settings, strategies
-from bridge.data import CollateFn, DatasetReader, Lazy, LazyLoader, SimpleDataLoader, is_sequence
+from bridge import progress, settings, solving, strategies
+from bridge.data import CollateFn, DatasetReader, Lazy, LazyLoader, SimpleDataLoader, check_dataset
 from bridge.diagnostics import Diagnostics, InfluenceWarning
 from bridge.functional import OutputLoss, dense_embeddings, evaluation, functional
 from bridge.interpreter import SCORE_BATCH_SIZE, InfluenceInterpreter, InstanceWithGrads, Solve
 from bridge.session import Session
-from lissa import Params, SolverError, Status, checks, hvp, hvp_of_graph, index_stream, solve_lissa, tree
+from bridge.solving import Choice
+from lissa import Params, Solution, SolverError, Status, checks, hvp, hvp_of_graph, index_stream, solve_lissa, tree
 from lissa.kernels import twice_differentiable
 
 
@@ -45,11 +46,18 @@ class SimpleInfluence(InfluenceInterpreter):
         damping: AllenNLP's damping: in units of `1 / scale`, so the damping in the units of the Hessian is
             `damping * scale`. `ridge` says it directly.
         num_samples: LiSSA runs averaged.
-        recursion_depth: Steps of a run, as an int; or as a float, a fraction of the batches of one pass.
+        recursion_depth: Steps of a run, as an int; or as a float, a fraction of the batches of one pass. `"auto"`:
+            as many as the slowest mode needs.
         scale: The step size is `1 / scale`; it must exceed `(lambda_max + damping * scale + trace / batch size) / 2`.
+            `"auto"`: twice that, from the spectrum on a sample of the training data. With `recursion_depth="auto"`
+            too, LiSSA also averages or reduces its variance until the residual on all the data is at most `rtol`.
         loss_fn: See `InfluenceInterpreter`.
         collate_fn: See `InfluenceInterpreter`.
-        ridge: The damping in the units of the Hessian; instead of `damping`.
+        ridge: The damping in the units of the Hessian; instead of `damping`. `"auto"`: a tenth of the mean eigenvalue,
+            see `lissa.suggest_damping`; so too where a solver or scale of ours is asked for and no damping is given.
+        solver: `"lissa"`; `"cg"`, `"minres"` (for Hessians with negative eigenvalues) or `"dense"` (for small models),
+            which see all the data and ignore scale and depth; `"auto"`: the cheapest of LiSSA's ways and CG.
+        rtol: The relative residual on all the data that solvers stop at, where they choose their own steps.
         seed: Where the order of the LiSSA batches comes from.
         compat: `"allennlp"` for AllenNLP's own numbers run for run: order by Python's global `random`, training
             gradients in train mode and kept in memory, scores rounded to torch's default dtype (float32), a solve for
@@ -93,11 +101,13 @@ class SimpleInfluence(InfluenceInterpreter):
         lissa_batch_size: int = 8,
         damping: float = settings.DEFAULT_DAMPING,
         num_samples: int = 1,
-        recursion_depth: float | int = 0.25,
-        scale: float = 1e4,
+        recursion_depth: float | int | str = 0.25,
+        scale: float | str = 1e4,
         loss_fn: OutputLoss | None = None,
         collate_fn: CollateFn | None = None,
-        ridge: float | None = None,
+        ridge: float | str | None = None,
+        solver: str = "lissa",
+        rtol: float = 1e-2,
         seed: int = 0,
         compat: str | None = None,
         progress: bool = True,
@@ -112,12 +122,16 @@ class SimpleInfluence(InfluenceInterpreter):
             scale=scale,
             recursion_depth=recursion_depth,
             num_samples=num_samples,
+            solver=solver,
+            rtol=rtol,
         )
         lissa_settings(examples=1)  # wrong settings must not wait for the data to be read
         if compat is not None:
             checks.one_of("SimpleInfluence", "compat", compat, ("allennlp",))
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"`SimpleInfluence(seed=...)` must be an int, got {type(seed).__name__}.")
+        if compat is not None and (solver != "lissa" or "auto" in (scale, recursion_depth, ridge)):
+            raise ValueError("`SimpleInfluence(compat='allennlp')` takes numbers and solver='lissa', as AllenNLP does.")
         generator = torch.Generator().manual_seed(seed)
         super().__init__(
             model,
@@ -135,9 +149,10 @@ class SimpleInfluence(InfluenceInterpreter):
         )
         n = len(self._train)
         self.settings = lissa_settings(examples=n)
-        self.diagnostics: Diagnostics | None = None
+        self._diagnostics: Diagnostics | None = None
         self._parts: list[Diagnostics] = []
         self._measure_residual = measure_residual
+        self._seed = seed
         self._scan_batch_size = self.settings.batch_size
         self._compat = compat is not None
         self._keep_rng = not self._compat
@@ -162,9 +177,11 @@ class SimpleInfluence(InfluenceInterpreter):
         lissa_batch_size: int = 8,
         damping: float = settings.DEFAULT_DAMPING,
         num_samples: int = 1,
-        recursion_depth: float | int = 0.25,
-        scale: float = 1e4,
-        ridge: float | None = None,
+        recursion_depth: float | int | str = 0.25,
+        scale: float | str = 1e4,
+        ridge: float | str | None = None,
+        solver: str = "lissa",
+        rtol: float = 1e-2,
         seed: int = 0,
         compat: str | None = None,
         progress: bool = True,
@@ -186,6 +203,8 @@ class SimpleInfluence(InfluenceInterpreter):
             recursion_depth: See the class.
             scale: See the class.
             ridge: See the class.
+            solver: See the class.
+            rtol: See the class.
             seed: See the class.
             compat: See the class.
             progress: See the class.
@@ -199,11 +218,7 @@ class SimpleInfluence(InfluenceInterpreter):
             ValueError: See the class.
             TypeError: See the class.
         """
-        if not is_sequence(train_dataset) and not isinstance(train_dataset, Iterable):
-            raise TypeError(
-                f"`SimpleInfluence.from_dataset(train_dataset=...)` must be a dataset or an iterable of instances, "
-                f"got {type(train_dataset).__name__}."
-            )
+        check_dataset("SimpleInfluence.from_dataset", "train_dataset", train_dataset)
         return cls(
             model,
             train_dataset,
@@ -218,6 +233,8 @@ class SimpleInfluence(InfluenceInterpreter):
             loss_fn=loss_fn,
             collate_fn=collate_fn,
             ridge=ridge,
+            solver=solver,
+            rtol=rtol,
             seed=seed,
             compat=compat,
             progress=progress,
@@ -236,47 +253,68 @@ class SimpleInfluence(InfluenceInterpreter):
         with self._session():
             return list(self._compat_instances or ())
 
+    @property
+    def diagnostics(self) -> Diagnostics:
+        """What the latest call solved, in numbers; `diagnostics.in_words()` says it.
+
+        Raises:
+            ValueError: If nothing was solved yet.
+        """
+        if self._diagnostics is None:
+            raise ValueError("`SimpleInfluence.diagnostics` are of the latest call, and there was none yet.")
+        return self._diagnostics
+
     # ------------------------------------------------------------------ the solve
 
     def _solver(self, session: Session) -> Solve:
         self._parts = []
-        drawn = None if self._compat else self._draw()
+        choice = solving.choose(session, self._train, self.settings, seed=self._seed)
+        if choice.plan is None and choice.solver == "lissa":
+            solve_all = self._by_recursion(session, choice)
+        else:
+            solve_all = solving.on_all_data(
+                session, self._train, choice, size=self._score_batch_size, rtol=self.settings.rtol, seed=self._seed
+            )
 
         def solve(vectors: Params) -> Params:
-            runs = self._draw() if drawn is None else drawn
-            ihvps, status = self._average_of_runs(session, vectors, runs)
-            self._parts.append(self._judge(session, vectors, ihvps, status))
-            return ihvps
+            solution = solve_all(vectors)
+            worst = Status(int(solution.status.max()))
+            if worst is Status.NOT_FINITE:
+                session.first_not_finite("training", self._train)
+            if worst.failed:
+                raise SolverError(report.failure_advice(worst, choice.solver, choice.damping, choice.scale), solution)
+            self._parts.append(self._judge(choice, vectors, solution))
+            return solution.value
 
         return solve
 
-    def _draw(self) -> list[list[list[int]]]:
-        """The batches of each run, as indices: the next ones of passes that go on from call to call."""
-        return [list(itertools.islice(self._stream, self.settings.steps)) for _ in range(self.settings.num_samples)]
-
-    def _average_of_runs(self, session: Session, vectors: Params, runs: list[list[list[int]]]) -> tuple[Params, Tensor]:
-        """The mean over runs of `(H + damping I)^-1 v` for K stacked vectors, and the worst status of each vector."""
+    def _by_recursion(self, session: Session, choice: Choice) -> Callable[[Params], Solution]:
+        """AllenNLP's way: LiSSA on the next batches, the mean over runs, the last iterate of each."""
         matvec = partial(hvp, session.model.loss_fn, session.model.params)
-        damping, scale = self.settings.damping, self.settings.scale
 
-        def solve_one(v: Params, batches: Iterable[Any]) -> Any:
-            return solve_lissa(matvec, v, batches, damping=damping, scale=scale, throw=False)
+        def solve_one(v: Params, batches: Iterable[Any]) -> Solution:
+            return solve_lissa(matvec, v, batches, damping=choice.damping, scale=choice.scale, throw=False)
 
         solve_each = strategies.for_each_vector("inverse Hessian-vector products", solve_one)
+        drawn = None if self._compat else self._draw(choice.steps)
         at_work: list[int] = []
-        with session.naming("training", self._train, at_work):
-            solutions = [solve_each(vectors, partial(self._batches, session, run, at_work)) for run in runs]
-        status = torch.stack([solution.status for solution in solutions]).amax(0)
-        worst = Status(int(status.max()))
-        if worst.failed:
-            if worst is Status.NOT_FINITE:
-                session.first_not_finite("training", self._train)
-            failed = next(solution for solution in solutions if Status(int(solution.status.max())) is worst)
-            raise SolverError(report.failure_advice(worst, damping, scale), failed)
-        total = solutions[0].value
-        for solution in solutions[1:]:
-            total = tree.add(total, solution.value)
-        return tree.scale(1 / len(solutions), total), status
+
+        def solve(vectors: Params) -> Solution:
+            runs = self._draw(choice.steps) if drawn is None else drawn
+            with session.naming("training", self._train, at_work):
+                solutions = [solve_each(vectors, partial(self._batches, session, run, at_work)) for run in runs]
+            value = tree.map(lambda *t: torch.stack(t).mean(0), *(solution.value for solution in solutions))
+            status = torch.stack([solution.status for solution in solutions]).amax(0)
+            residual = torch.full_like(solutions[0].relative_residual, torch.nan)
+            if self._measure_residual:
+                residual = self._residual(session, choice.damping, vectors, value)
+            return solutions[0]._replace(value=value, status=status, relative_residual=residual)
+
+        return solve
+
+    def _draw(self, steps: int) -> list[list[list[int]]]:
+        """The batches of each run, as indices: the next ones of passes that go on from call to call."""
+        return [list(itertools.islice(self._stream, steps)) for _ in range(self.settings.num_samples)]
 
     def _batches(self, session: Session, run: list[list[int]], at_work: list[int]) -> Iterator[Any]:
         """The batches of a run; `at_work` holds the indices of the latest, so that an error can be traced to it."""
@@ -286,25 +324,27 @@ class SimpleInfluence(InfluenceInterpreter):
 
     # ------------------------------------------------------------------ what it is worth
 
-    def _judge(self, session: Session, vectors: Params, ihvps: Params, status: Tensor) -> Diagnostics:
-        norms, ihvp_norms = torch.vmap(tree.norm)(vectors), torch.vmap(tree.norm)(ihvps)
-        cosine = torch.vmap(tree.vdot)(vectors, ihvps) / (norms * ihvp_norms)
-        residual = torch.full_like(norms, torch.nan)
-        if self._measure_residual:
-            damped = tree.scale(self.settings.damping, ihvps)
-            H_ihvps = self._full_data_product(session, ihvps)
-            residual = torch.vmap(tree.norm)(tree.sub(vectors, tree.add(H_ihvps, damped))) / norms
+    def _judge(self, choice: Choice, vectors: Params, solution: Solution) -> Diagnostics:
+        lengths = torch.vmap(tree.norm)(vectors) * torch.vmap(tree.norm)(solution.value)
+        cosine = torch.vmap(tree.vdot)(vectors, solution.value) / lengths
         return Diagnostics(
-            damping=self.settings.damping,
-            scale=self.settings.scale,
-            steps=self.settings.steps,
+            solver=choice.solver,
+            damping=choice.damping,
+            scale=choice.scale,
+            steps=int(solution.steps.max()),
             num_samples=self.settings.num_samples,
             examples=len(self._train),
-            batch_size=self.settings.batch_size,
-            status=status.cpu(),
-            relative_residual=residual.nan_to_num(0.0).cpu() if self._measure_residual else residual.cpu(),
+            batch_size=choice.batch_size,
+            status=solution.status.cpu(),
+            relative_residual=solution.relative_residual.cpu(),
             cosine_with_gradient=cosine.nan_to_num(0.0).cpu(),
         )
+
+    def _residual(self, session: Session, damping: float, vectors: Params, ihvps: Params) -> Tensor:
+        """`|v - (H + damping I) x| / |v|` on all the data for K stacked vectors; 0 where v is 0."""
+        damped = tree.add_scaled(self._full_data_product(session, ihvps), damping, ihvps)
+        lengths = torch.vmap(tree.norm)(vectors)
+        return (torch.vmap(tree.norm)(tree.sub(vectors, damped)) / lengths).nan_to_num(0.0)
 
     def _full_data_product(self, session: Session, vectors: Params) -> Params:
         """`H v` on all training data for K stacked vectors, in batches weighted by their size."""
@@ -321,8 +361,8 @@ class SimpleInfluence(InfluenceInterpreter):
         return total
 
     def _close(self, session: Session) -> None:
-        self.diagnostics = report.joined(self._parts)
-        problems = self.diagnostics.problems()
+        self._diagnostics = report.joined(self._parts)
+        problems = self._diagnostics.problems()
         if problems:
             warnings.warn(" ".join(problems), InfluenceWarning, stacklevel=2)
 

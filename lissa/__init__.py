@@ -28,15 +28,17 @@ from lissa.svrg import solve_svrg
 from lissa.tracing import compiled, traced
 from lissa.tuned import choose_settings, solve_tuned
 from lissa.tuning import Settings, least_damping, suggest_damping, tune_lissa
-from lissa.types import Batch, ExampleLossFn, LossFn, Params, Solution, SolverError, Status
+from lissa.types import Batch, BatchMatvec, ExampleLossFn, LossFn, Matvec, Params, Solution, SolverError, Status
 from lissa.uncertainty import ScoreInterval, score_bound, score_interval, settled_places
 
 __all__ = [
     "Batch",
+    "BatchMatvec",
     "ExampleLossFn",
     "LissaRun",
     "LissaState",
     "LossFn",
+    "Matvec",
     "Params",
     "Ranking",
     "ScoreInterval",

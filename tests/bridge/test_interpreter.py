@@ -236,7 +236,7 @@ def test_the_model_may_be_trained_on_between_calls():
     with torch.no_grad():
         model.weight.mul_(0.5)
     fresh = of_pairs(model=model)
-    fresh._draw()  # the second call goes on where the first stopped
+    fresh._draw(fresh.settings.steps)  # the second call goes on where the first stopped
     after = influence.scores(test)
     torch.testing.assert_close(after, fresh.scores(test), rtol=1e-12, atol=1e-14)
     assert not torch.allclose(before, after, rtol=1e-3)

@@ -262,7 +262,7 @@ def test_depth_is_a_fraction_of_the_batches_or_a_number_of_steps(depth, expected
 
 def batches_of(influence):
     """The index batches of the next solve."""
-    return influence._draw()
+    return influence._draw(influence.settings.steps)
 
 
 def test_passes_are_shuffled_and_ragged_and_go_on_from_run_to_run():
