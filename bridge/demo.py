@@ -21,7 +21,6 @@ FLIPPED_SHARE = 0.05
 TEST_SHARE = 0.3
 WEIGHT_DECAY = 0.01
 EXPLAINED = 4
-SCALE, STEPS = 0.6, 3
 TOLERANCE = 1e-2
 
 
@@ -141,16 +140,16 @@ def study(digits: Digits, model: nn.Module, *, seed: int, progress: bool) -> Fin
         TensorDataset(digits.train_images, digits.train_labels),
         loss_fn=F.cross_entropy,
         ridge=WEIGHT_DECAY,  # the Hessian of what was minimised is H + WEIGHT_DECAY I
-        scale=SCALE,
-        recursion_depth=STEPS,
-        lissa_batch_size=len(digits.train_labels),
+        solver="auto",
+        rtol=TOLERANCE,
         seed=seed,
         progress=progress,
     )
     scores = influence.scores([(digits.test_images[i], digits.test_labels[i]) for i in explained])
     explaining = influence.diagnostics
     self_influence = influence.self_influence()
-    return Findings(digits, explained, predictions, scores, self_influence, losses, explaining, influence.diagnostics)
+    searching = influence.diagnostics
+    return Findings(digits, explained, predictions, scores, self_influence, losses, explaining, searching)
 
 
 def in_words(findings: Findings) -> str:
@@ -177,8 +176,8 @@ def in_words(findings: Findings) -> str:
         residual = float(solved.relative_residual.max())
         lines.append(
             f"{what}: (H + damping I) x = v was solved for {len(solved.status)} right-hand sides with an effective "
-            f"damping of {solved.damping:g} in {solved.steps} LiSSA steps; the relative residual on all {n} training "
-            f"digits is at most {residual:.1e}: {'converged' if residual <= TOLERANCE else 'NOT CONVERGED'} "
+            f"damping of {solved.damping:g} by {solved.solver} in {solved.steps} steps; the relative residual on all {n} "
+            f"training digits is at most {residual:.1e}: {'converged' if residual <= TOLERANCE else 'NOT CONVERGED'} "
             f"(to {TOLERANCE:g})."
         )
     return "\n".join(lines)
