@@ -40,21 +40,21 @@ def first_that_runs(task: str, *ways: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(*args: Any) -> Any:
         refusal: Exception | None = None
-        for way in list(open_ways):
+        for way in open_ways[:-1]:
             try:
                 result = way(*args)
+                break
             except SolverError:
                 raise
             except Exception as error:
-                if way is open_ways[-1]:
-                    raise
                 refusal = refusal or error
-                continue
-            if refusal is not None:
-                del open_ways[: open_ways.index(way)]
-                logger.warning("Computing %s a slower way, because the model refused the fast one: %s", task, refusal)
-            return result
-        raise AssertionError("unreachable: the last way returns or raises")
+        else:
+            way = open_ways[-1]
+            result = way(*args)
+        if refusal is not None:
+            del open_ways[: open_ways.index(way)]
+            logger.warning("Computing %s a slower way, because the model refused the fast one: %s", task, refusal)
+        return result
 
     return run
 
