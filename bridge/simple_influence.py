@@ -67,9 +67,6 @@ class SimpleInfluence(InfluenceInterpreter):
         measure_residual: Whether to measure the residual on the full training data after each solve, which costs a
             Hessian-vector product of each training instance. It takes the loss to be a mean over the batch.
 
-    Attributes:
-        diagnostics: Of the latest call, the numbers of its solves; None before.
-
     Raises:
         ValueError: If a number is out of range, `damping` and `ridge` are both given, every parameter is frozen, or
             there are no training instances.
