@@ -68,6 +68,7 @@ def influence_scores(
         checks.count("influence_scores", "chunk_size", chunk_size)
     checks.params("influence_scores", params)
     stacked = _is_stacked(params, ihvp)
+    ihvp = {k: ihvp[k] for k in params}
     example_loss = _example_loss_of_params(example_loss_fn, batch)
 
     if method == "auto":

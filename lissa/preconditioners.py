@@ -105,8 +105,8 @@ def nystroem_preconditioner(
     gain = (L[-1] + damping) / (L + damping) - 1
 
     def apply(r: Params) -> Params:
-        flat = tree.flatten(r)
-        return tree.unflatten(flat + U @ (gain * (U.mT @ flat)), r)
+        flat = tree.flatten(r, like)
+        return tree.unflatten(flat + U @ (gain * (U.mT @ flat)), like)
 
     return apply
 

@@ -276,7 +276,7 @@ def dense_matrix(matvec: Matvec, like: Params, *, chunk_size: int | None = 64) -
     eye = torch.eye(len(flat), dtype=flat.dtype, device=flat.device)
 
     def column(unit: Tensor) -> Tensor:
-        return tree.flatten(matvec(tree.unflatten(unit, like)))
+        return tree.flatten(matvec(tree.unflatten(unit, like)), like)
 
     if chunk_size is None:
         columns = torch.stack([column(unit) for unit in eye])

@@ -136,7 +136,7 @@ def flat_matvec(matvec: Matvec, like: Params) -> Callable[[Tensor], Tensor]:
 
     def product(flat: Tensor) -> Tensor:
         v = tree.map(lambda t, like: t.to(like.dtype), tree.unflatten(flat, like), like)
-        return tree.flatten(matvec(v)).to(flat.dtype)
+        return tree.flatten(matvec(v), like).to(flat.dtype)
 
     return product
 

@@ -78,14 +78,14 @@ def numel(x: Params) -> int:
     return sum(t.numel() for t in x.values())
 
 
-def flatten(x: Params) -> Tensor:
-    """All entries in key order as one vector of shape `(P,)`; `unflatten` undoes it.
+def flatten(x: Params, like: Params | None = None) -> Tensor:
+    """All entries as one vector of shape `(P,)`, in the key order of `like` (default: of `x`); `unflatten` undoes it.
 
     Example:
         >>> flatten({"w": torch.eye(2), "b": torch.tensor(7.0)})
         tensor([1., 0., 0., 1., 7.])
     """
-    return torch.cat([t.reshape(-1) for t in x.values()])
+    return torch.cat([x[k].reshape(-1) for k in like or x])
 
 
 def unflatten(flat: Tensor, like: Params) -> Params:

@@ -204,6 +204,15 @@ def test_scores_keep_the_dtype(dtype, method):
     assert influence_scores(example_losses, params, ihvp, batch, method=method).dtype == dtype
 
 
+@pytest.mark.parametrize("method", ["jvp", "per-example-gradients"])
+def test_the_key_order_of_the_ihvp_does_not_matter(method):
+    params, batch, generator = problem()
+    ihvp = tree.normal_like(params, generator=generator)
+    reordered = {k: ihvp[k] for k in reversed(ihvp)}
+    scores = influence_scores(example_losses, params, reordered, batch, method=method)
+    assert torch.equal(scores, influence_scores(example_losses, params, ihvp, batch, method=method))
+
+
 def test_nothing_of_the_callers_is_changed():
     params, batch, generator = problem()
     ihvp = tree.normal_like(params, generator=generator)

@@ -247,3 +247,18 @@ def test_bad_arguments_are_named(name, change, error, words):
     arguments = {"matvec": product(torch.eye(3).double()), "v": vector(3, 1)} | change
     with pytest.raises(error, match=f"solve_{name}.*{words}"):
         SOLVERS[name](**arguments)
+
+
+@pytest.mark.parametrize("solve", [solve_cg, solve_minres, solve_dense])
+def test_the_key_order_of_the_product_does_not_matter(solve):
+    """Products of losses come in the order of the parameters, right-hand sides in that of their caller."""
+    A = torch.tensor([[3.0, 1.0, 0.5], [1.0, 2.0, 0.25], [0.5, 0.25, 4.0]], dtype=torch.float64)
+
+    def matvec(v):
+        flat = A @ torch.cat([v["w"], v["b"]])
+        return {"w": flat[:2], "b": flat[2:]}
+
+    v = {"b": torch.tensor([1.0], dtype=torch.float64), "w": torch.tensor([2.0, 3.0], dtype=torch.float64)}
+    x = solve(matvec, v, rtol=1e-12).value
+    expected = torch.linalg.solve(A, torch.tensor([2.0, 3.0, 1.0], dtype=torch.float64))
+    torch.testing.assert_close(torch.cat([x["w"], x["b"]]), expected, rtol=1e-10, atol=0)

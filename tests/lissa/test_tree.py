@@ -47,6 +47,11 @@ def test_unflatten_undoes_flatten(shapes, seed):
     assert all(torch.equal(back[k], x[k]) for k in x)
 
 
+def test_flatten_follows_the_key_order_of_another_dict():
+    x = {"w": torch.tensor([1.0, 2.0]), "b": torch.tensor(3.0)}
+    assert tree.flatten(x, {"b": x["b"], "w": x["w"]}).tolist() == [3.0, 1.0, 2.0]
+
+
 def test_unflatten_refuses_another_length():
     with pytest.raises(ValueError, match=r"flat must have shape \(2,\), got \(3,\)"):
         tree.unflatten(torch.zeros(3), {"w": torch.zeros(2)})
