@@ -10,7 +10,10 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import Tensor
 
 Params: TypeAlias = dict[str, Tensor]
-"""Named tensors, as `torch.func.functional_call` takes them. Vectors have the same keys and shapes."""
+"""Named tensors, as `torch.func.functional_call` takes them. Vectors have the same keys and shapes.
+
+Detach them, `{k: p.detach() for k, p in model.named_parameters()}`: products of parameters that require grad are
+differentiable, and a solver that makes a thousand of them would keep the graph of all."""
 
 Batch: TypeAlias = Any
 """Any object; only the loss looks inside."""
