@@ -132,11 +132,11 @@ def estimate_spectrum(
 
 
 def flat_matvec(matvec: Matvec, like: Params) -> Callable[[Tensor], Tensor]:
-    """`matvec` between flat vectors of shape `(P,)`."""
+    """`matvec` between flat vectors of shape `(P,)`, without the graph that parameters that require grad would add."""
 
     def product(flat: Tensor) -> Tensor:
         v = tree.map(lambda t, like: t.to(like.dtype), tree.unflatten(flat, like), like)
-        return tree.flatten(matvec(v), like).to(flat.dtype)
+        return tree.flatten(matvec(v), like).detach().to(flat.dtype)
 
     return product
 
