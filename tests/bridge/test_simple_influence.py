@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bridge import InfluenceWarning, SimpleInfluence, get_hvp, get_inverse_hvp_lissa
+from bridge.data import collate
 from lissa import SolverError
 from tests.bridge.fakes import BagOfWords, Reader, Watch, linear, pairs, sentences, text_instance
 from tests.oracles import dense_gradients, dense_hessian, flatten
@@ -124,6 +125,18 @@ class LossModel(nn.Module):
         return {"logits": logits} | ({} if y is None else {"loss": F.cross_entropy(logits, y)})
 
 
+def test_inverse_hvp_of_sparse_embeddings():
+    dense, sparse = (BagOfWords(sparse=sparse) for sparse in (False, True))
+    rows = [text_instance(*row) for row in sentences(6)]
+    batches = [collate(rows[:3], vocab=dense.vocab), collate(rows[3:], vocab=dense.vocab)]
+    vs = [torch.ones_like(p) for p in dense.parameters()]
+    expected, got = (
+        get_inverse_hvp_lissa(vs, model, list(model.parameters()), batches, 0.01, 1, 10.0) for model in (dense, sparse)
+    )
+    torch.testing.assert_close(got, expected, **EXACT)
+    assert sparse.embed.sparse
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_inverse_hvp_leaves_the_model_as_it_is(training):
     model = LossModel(linear()).train(training)
@@ -140,12 +153,12 @@ def test_inverse_hvp_leaves_the_model_as_it_is(training):
 def test_scores_are_gradients_times_the_solution():
     model, data = linear(), pairs(30)
     params = parameters(model)
-    influence = interpreter(model, data, recursion_depth=2000, lissa_batch_size=30)
+    influence = interpreter(model, data, recursion_depth=300, lissa_batch_size=30)
     tests = pairs(4, seed=1)
 
     H = dense_hessian(linear_mean_loss, params, stacked(data))
     train, test = (dense_gradients(linear_losses, params, stacked(rows)) for rows in (data, tests))
-    # One batch of all the data: the recursion contracts by 1 - ridge/scale = 0.9 a step, so 2000 steps leave nothing.
+    # One batch of all the data: the recursion contracts by 1 - ridge/scale = 0.9 a step, so 300 steps leave 2e-14.
     expected = test @ torch.linalg.solve(H + 0.5 * torch.eye(len(H), dtype=H.dtype), train.T)
     torch.testing.assert_close(influence.scores(tests), expected, **EXACT)
     ihvps = influence.inverse_hvps(tests)
@@ -474,7 +487,7 @@ def test_parameters_that_some_instance_uses_count_for_all(lissa_batch_size):
 
 def test_a_parameter_the_loss_is_linear_in_has_a_zero_hessian_row():
     influence = SimpleInfluence.from_dataset(
-        Sometimes(), numbered(), ridge=2.0, scale=9.0, recursion_depth=1000, progress=False
+        Sometimes(), numbered(), ridge=2.0, scale=9.0, recursion_depth=200, progress=False
     )
     tests = numbered(1, seed=1)
     # With a zero row, (0 + ridge) x = v in that entry: x = v / ridge.
@@ -514,7 +527,7 @@ def test_tied_parameters_count_once():
             return self.decode(torch.tanh(self.encode(x)))
 
     model, data, tests = Tied(), pairs(20, classes=4), pairs(2, classes=4, seed=1)
-    influence = interpreter(model, data, ridge=3.0, scale=8.0, recursion_depth=1000, lissa_batch_size=20)
+    influence = interpreter(model, data, ridge=3.0, scale=8.0, recursion_depth=300, lissa_batch_size=20)
     assert influence.used_param_names == ["encode.weight"]
 
     def losses(params, batch):
@@ -718,6 +731,18 @@ def test_compat_uses_pythons_global_order():
         expected += order
     assert drawn == expected[: len(drawn)]
     assert len(drawn) == 10 + 10 + 4
+
+
+def test_compat_solves_for_one_test_instance_after_the_other():
+    """Each draws its own batches from passes that go on, so a call of two is two calls of one."""
+    tests = pairs(2, seed=1)
+    random.seed(5)
+    together = interpreter(linear(), pairs(10), compat="allennlp", lissa_batch_size=4).scores(tests)
+    random.seed(5)
+    influence = interpreter(linear(), pairs(10), compat="allennlp", lissa_batch_size=4)
+    torch.testing.assert_close(together, torch.cat([influence.scores([test]) for test in tests]), rtol=0, atol=0)
+    first, second = influence.scores(tests[:1]), influence.scores(tests[:1])
+    assert not torch.equal(first, second)
 
 
 def test_compat_takes_train_gradients_in_train_mode_and_rounds_scores():
