@@ -6,7 +6,8 @@ Everything that knows modules, instances, files and screens; the numerics are in
 from bridge.data import DataLoader, DatasetReader, Instance, Lazy, SimpleDataLoader
 from bridge.diagnostics import Diagnostics, InfluenceWarning
 from bridge.interpreter import BothEnds, InfluenceInterpreter, InstanceInfluence, InstanceWithGrads, InterpretOutput
-from bridge.simple_influence import SimpleInfluence, get_hvp, get_inverse_hvp_lissa
+from bridge.inverse_hvp import get_hvp, get_inverse_hvp_lissa
+from bridge.simple_influence import SimpleInfluence
 
 __all__ = [
     "BothEnds",
