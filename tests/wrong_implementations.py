@@ -384,6 +384,10 @@ def absolute_tolerance(matvec, v, *, damping):
     return x
 
 
+def flat_solution(matvec, v, *, damping):
+    return tree.flatten(solve_with(matvec, v, damping))
+
+
 def solver_updates_v(matvec, v, *, damping):
     x = solve_with(matvec, v, damping)
     for k, t in v.items():
@@ -444,7 +448,7 @@ def stops_on_step(matvec, v, *, damping, rtol=1e-8):
 def lissa(matvec, v, data, *, damping, batch_size, repeats, seed=0, **wrong):
     """A right one, with switches for what can go wrong."""
     scale = 32.0 * data.shape[1] / batch_size + 8
-    steps = int(20 * scale)
+    steps = int(3.25 * scale / damping)
     generator = torch.Generator().manual_seed(seed)
     total = tree.zeros_like(v)
     for _ in range(repeats):
@@ -468,6 +472,10 @@ def inverses_of_batches(matvec, v, data, *, damping, batch_size, repeats, mean=T
     parts = [solve_with(partial(matvec, rows), v, damping) for rows in data.split(batch_size)]
     total = tree.map(lambda *ts: torch.stack(ts).sum(0), *parts)
     return tree.scale(1 / len(parts), total) if mean else total
+
+
+def flat_sampled_solution(matvec, v, data, *, damping, batch_size, repeats):
+    return tree.flatten(solve_with(partial(matvec, data), v, damping))
 
 
 def swapped_repeats(matvec, v, data, *, damping, batch_size, repeats):
@@ -608,12 +616,12 @@ WRONG: dict[str, Wrong] = {
     "tolerance never met": Wrong(
         made(conjugate_gradients, never=True), solver_laws(takes_rtol=True), "early stop", "never fires"
     ),
-    "tolerance on the step": Wrong(
-        made(stops_on_step), solver_laws(takes_rtol=True, rtol=1e-4), "early stop"
-    ),
+    "tolerance on the step": Wrong(made(stops_on_step), solver_laws(takes_rtol=True, rtol=1e-4), "early stop"),
     "absolute tolerance": Wrong(made(absolute_tolerance), solver_laws(rtol=1e-2), "linearity"),
     "diagonal inverse": Wrong(made(diagonal_inverse), solver, "residual", "diagonal"),
     "block inverse": Wrong(made(block_inverse), solver, "residual"),
+    "flat solution": Wrong(made(flat_solution), solver, "form", "dict"),
+    "flat sampled solution": Wrong(made(flat_sampled_solution), stochastic, "form", "dict"),
     "solver updates v": Wrong(made(solver_updates_v), solver, "purity", "in place"),
     "random start": Wrong(made(random_start), solver, "purity", "generator"),
     "warm start": Wrong(warm_start, solver, "determinism"),

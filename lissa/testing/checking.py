@@ -172,7 +172,7 @@ def check_solver(
     return check_laws(laws, solve, case=operator, max_examples=max_examples, seed=seed)
 
 
-def sampling_solver_laws(*, rtol: float = 0.8, exact_rtol: float = 1e-2) -> tuple[Law, ...]:
+def sampling_solver_laws(*, rtol: float = 0.8, exact_rtol: float = 0.05) -> tuple[Law, ...]:
     """The laws of solvers that draw batches. Arguments: `check_sampling_solver`."""
     samples = strategies.batch_streams(rtol=rtol, exact_rtol=exact_rtol)
     laws = (
@@ -190,7 +190,7 @@ def check_sampling_solver(
     solve: sampling_solvers.SamplingSolver,
     *,
     rtol: float = 0.8,
-    exact_rtol: float = 1e-2,
+    exact_rtol: float = 0.05,
     samples: Samples | None = None,
     max_examples: int = 100,
     seed: int = 0,

@@ -3,6 +3,8 @@
 Everything here is by `torch.autograd.grad` on one flat vector, so that it shares nothing with what is tested.
 """
 
+import functools
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,20 +16,46 @@ from lissa.testing.problems import Problem
 from lissa.types import Params
 
 
-def dense_curvature(problem: Problem, params: Params | None = None) -> Tensor:
+def remembered(size: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Keeps the last `size` answers of `fn(problem, *vectors)` by content, as laws with one seed see equal problems."""
+
+    def decorate(fn: Callable[..., Any]) -> Callable[..., Any]:
+        answers: OrderedDict[int, Any] = OrderedDict()
+
+        @functools.wraps(fn)
+        def remembering(problem: Problem, *vectors: Params) -> Any:
+            tensors = [
+                tuple(t.detach().reshape(-1).tolist())
+                for d in (problem.params, problem.batch, *vectors)
+                for t in d.values()
+            ]
+            key = hash((repr(problem), problem.dtype, problem.curvature, problem.accuracy, *tensors))
+            if key not in answers:
+                answers[key] = fn(problem, *vectors)
+            answers.move_to_end(key)
+            if len(answers) > size:
+                answers.popitem(last=False)
+            return answers[key]
+
+        return remembering
+
+    return decorate
+
+
+@remembered(2**12)
+def dense_curvature(problem: Problem) -> Tensor:
     """The matrix that `problem.curvature` names, entry by entry in float64, shape `(P, P)`.
 
     Hessian: `d^2 L / dp^2`. Gauss-Newton: `J^T H_out J`, with J the Jacobian of the outputs and H_out the Hessian of
     the loss in the outputs. Fisher (empirical): `mean_i g_i g_i^T` over the example gradients.
     """
     exact = problem.in_float64()
-    params = exact.params if params is None else tree.map(lambda t: t.double(), params)
     like = exact.params
 
     def at(fn: Callable[[Params, Any], Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda flat: fn(tree.unflatten(flat, like), exact.batch)
 
-    flat = tree.flatten(params)
+    flat = tree.flatten(like)
     if exact.curvature == "hessian":
         return _hessian(at(exact.loss_fn), flat)
     if exact.curvature == "gauss-newton":
@@ -39,6 +67,7 @@ def dense_curvature(problem: Problem, params: Params | None = None) -> Tensor:
     return gradients.mT @ gradients / max(len(gradients), 1)
 
 
+@remembered(2**12)
 def example_gradients(problem: Problem) -> Tensor:
     """`g_i`, the gradients of the example losses in float64, shape `(B, P)`."""
     exact = problem.in_float64()
@@ -47,6 +76,7 @@ def example_gradients(problem: Problem) -> Tensor:
     )
 
 
+@remembered(2**16)
 def product_tolerance(problem: Problem, v: Params) -> float:
     """How far `C v` may lie from the exact product through rounding alone, as a length.
 
@@ -87,6 +117,7 @@ def result_tolerance(problem: Problem, *results: Params) -> float:
     return _roundings(problem) * u * sum(float(tree.norm(result)) for result in results)
 
 
+@remembered(2**16)
 def score_tolerance(problem: Problem, ihvp: Params) -> float:
     """How far scores `g_i . ihvp` may lie from the exact ones through rounding alone, as a length over the batch.
 
