@@ -7,6 +7,7 @@ import math
 from typing import NamedTuple
 
 from lissa import checks
+from lissa.recursion import SETTLED_STEPS
 from lissa.spectrum import Spectrum
 
 BURN_IN = 8.0
@@ -16,6 +17,9 @@ BURN_IN = 8.0
 EPOCH_GAIN = 0.15
 """What a variance-reduced epoch of `BURN_IN` leaves of the residual: 0.06 to 0.12 measured on MNIST softmax regression;
 at most sqrt(1 / BURN_IN) = 0.35 where no example's curvature has more than the mean trace."""
+
+FULL_BATCH_SCALE = 0.75
+"""Of `lambda_max + damping`: full batches are stable above a half, and the largest eigenvalue is only estimated."""
 
 METHODS = ("plain", "averaged", "variance-reduced", "cg")
 
@@ -132,7 +136,7 @@ def tune_lissa(
       has that of w = scale / m. Repeats and longer tails lower it like a square root. If that is not enough for
       `rtol`, variance reduction: epochs of the same number of steps, each leaves about 0.15 of the residual, and one
       product on all the data.
-    - Full batches have no noise: `scale = lambda_max + damping` and `ln(1 / rtol) scale / m` steps.
+    - Full batches have no noise: `scale = 3/4 (lambda_max + damping)` and `ln(1 / rtol) scale / m` steps.
     - CG takes about `sqrt(kappa) / 2 ln(2 / rtol)` passes.
 
     Args:
@@ -184,11 +188,11 @@ def tune_lissa(
     noise_at_one_step = math.sqrt(trace / (slowest * B))
     longer = max(1.0, 2 / steps * (2 * noise_at_one_step / rtol) ** 2)
     epochs = math.ceil(math.log(rtol) / math.log(EPOCH_GAIN)) if rtol < 1 else 1
-    full_scale = largest + damping
+    full_scale = FULL_BATCH_SCALE * (largest + damping)
     full_steps = max(1.0, math.log(1 / rtol)) * full_scale / slowest
-    cg_steps = math.sqrt(full_scale / slowest) / 2 * math.log(2 / rtol) + 1
+    cg_steps = math.sqrt((largest + damping) / slowest) / 2 * math.log(2 / rtol) + 1
     options = (
-        settings("plain", full_scale, n, 1.2 * full_steps, 0, 1, full_steps + 1),
+        settings("plain", full_scale, n, 1.2 * full_steps + SETTLED_STEPS, 0, 1, full_steps + 1),
         settings("averaged", scale, B, longer * steps, 0.5, 1, longer * steps * B / n + 1),
         settings("variance-reduced", scale, B, steps, 0.5, 4 * epochs, epochs * (steps * B / n + 1)),
         settings("cg", full_scale, n, 10 * cg_steps + 10, 0, 1, min(cg_steps, spectrum.dimension) + 1),

@@ -1,12 +1,14 @@
 """LiSSA against a naive loop over dense matrices, against the dense solve, and against what makes it fail."""
 
+import itertools
 import math
+import re
 from functools import partial, reduce
 
 import pytest
 import torch
 
-from lissa import SolverError, Status, hvp, lissa_init, lissa_update, solve_lissa, tree
+from lissa import SolverError, Status, hvp, index_stream, lissa_init, lissa_update, solve_lissa, tree
 from lissa.sampling import take
 from tests.oracles import dense_hessian, flatten, naive_lissa, relative_error
 from tests.problems import random_vector, random_vectors, softmax_regression
@@ -161,3 +163,140 @@ def test_bad_arguments_are_named(change, error, words):
     arguments = {"matvec": MATVEC, "v": V, "batches": BATCHES, "damping": 0.1, "scale": 6.0} | change
     with pytest.raises(error, match=words):
         solve_lissa(**arguments)
+
+
+ARGUMENTS = {"damping": 0.1, "scale": 6.0}
+
+
+def test_residual_on_all_the_data_is_that_of_the_value():
+    full = partial(MATVEC, PROBLEM.batch)
+    for options in ({}, {"average_after": 10}, {"repeats": 2, "steps": 20}):
+        solution = solve_lissa(MATVEC, V, BATCHES * 10, full_matvec=full, **ARGUMENTS, **options)
+        true = flatten(V) - HESSIAN @ flatten(solution.value) - 0.1 * flatten(solution.value)
+        torch.testing.assert_close(solution.residual_norm, true.norm(), rtol=1e-12, atol=0)
+
+
+def test_a_lucky_batch_does_not_pass_for_convergence_on_all_the_data():
+    # One batch for ever: its own residual goes to 0, that on all the data does not.
+    batches, full = [BATCHES[0]] * 2000, partial(MATVEC, PROBLEM.batch)
+    fooled = solve_lissa(MATVEC, V, batches, rtol=1e-3, **ARGUMENTS)
+    honest = solve_lissa(MATVEC, V, batches, rtol=1e-3, full_matvec=full, **ARGUMENTS)
+    assert Status(int(fooled.status)) is Status.CONVERGED
+    assert Status(int(honest.status)) is Status.FINISHED
+    assert honest.relative_residual > 0.1
+
+
+def test_convergence_on_all_the_data_is_found_at_a_power_of_two():
+    full = partial(MATVEC, PROBLEM.batch)
+    solution = solve_lissa(MATVEC, V, [PROBLEM.batch] * 5000, rtol=1e-3, full_matvec=full, **ARGUMENTS)
+    assert Status(int(solution.status)) is Status.CONVERGED
+    assert int(solution.steps) in (64, 128, 256, 512, 1024)
+    assert solution.relative_residual <= 1e-3
+
+
+def test_trace_holds_the_batch_residual_of_every_step():
+    solution = solve_lissa(MATVEC, V, BATCHES, **ARGUMENTS)
+    h, expected = flatten(V), []
+    for H in HESSIANS:
+        residual = flatten(V) - (H @ h + 0.1 * h) / 6.0
+        h = h + residual
+        expected.append(residual.norm())
+    torch.testing.assert_close(solution.residual_trace, torch.stack(expected), rtol=1e-12, atol=0)
+    torch.testing.assert_close(solution.residual_norm, expected[-1], rtol=1e-12, atol=0)
+
+
+def test_average_is_the_mean_of_the_iterates_after_a_step():
+    order = [t % 4 for t in range(11)]
+    iterates = [naive_lissa([HESSIANS[t] for t in order[:k]], flatten(V), 0.1, 6.0) for k in range(12)]
+    for after in (0, 4, 10):
+        solution = solve_lissa(MATVEC, V, [BATCHES[t] for t in order], average_after=after, **ARGUMENTS)
+        expected = torch.stack(iterates[after + 1 :]).mean(0)
+        assert relative_error(flatten(solution.value), expected) <= 1e-13
+    late = solve_lissa(MATVEC, V, [BATCHES[t] for t in order], average_after=11, **ARGUMENTS)
+    assert relative_error(flatten(late.value), iterates[11]) <= 1e-13
+
+
+def test_averaging_lowers_the_noise_floor():
+    g = torch.Generator().manual_seed(0)
+    batches = [take(PROBLEM.batch, torch.randint(12, (2,), generator=g)) for _ in range(3000)]
+    last = solve_lissa(MATVEC, V, batches, **ARGUMENTS)
+    mean = solve_lissa(MATVEC, V, batches, average_after=1000, **ARGUMENTS)
+    expected = dense_solve(0.1)
+    # 2000 iterates with a memory of scale / damping = 60 steps hold some 30 independent ones: about 1/4 of the noise.
+    assert relative_error(flatten(mean.value), expected) < relative_error(flatten(last.value), expected) / 2
+
+
+def test_repeats_are_independent_runs_and_their_spread_is_the_standard_error():
+    g = torch.Generator().manual_seed(0)
+    batches = [take(PROBLEM.batch, torch.randint(12, (3,), generator=g)) for _ in range(4 * 50)]
+    solution = solve_lissa(MATVEC, V, iter(batches), steps=50, repeats=4, **ARGUMENTS)
+    runs = [flatten(solve_lissa(MATVEC, V, batches[50 * r : 50 * r + 50], **ARGUMENTS).value) for r in range(4)]
+    for r in range(4):
+        assert torch.equal(flatten(tree.map(lambda t, r=r: t[r], solution.samples)), runs[r])
+    assert relative_error(flatten(solution.value), torch.stack(runs).mean(0)) <= 1e-14
+    expected = (torch.stack(runs).var(0).sum() / 4).sqrt()
+    torch.testing.assert_close(solution.standard_error, expected)
+    assert solution.steps == 200
+    assert solution.residual_trace.shape == (200,)
+    assert solve_lissa(MATVEC, V, BATCHES, **ARGUMENTS).standard_error.isnan()
+
+
+@pytest.mark.parametrize("average_after", [None, 5, 40])
+@pytest.mark.parametrize("cut", [1, 16, 37])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_saved_and_continued_it_is_bit_identical(tmp_path, average_after, cut, dtype):
+    problem = softmax_regression(batch_size=12, dtype=dtype)
+    matvec = partial(hvp, problem.loss_fn, problem.params)
+    solve = partial(
+        solve_lissa, matvec, random_vector(problem), average_after=average_after, rtol=1e-9, damping=0.1, scale=6.0
+    )
+
+    def batches(skip: int = 0):
+        indices = index_stream(12, 5, generator=torch.Generator().manual_seed(3))
+        return (take(problem.batch, index) for index in itertools.islice(indices, skip, None))
+
+    whole = solve(batches(), steps=60)
+    first = solve(batches(), steps=cut)
+    torch.save(first.state, tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=False)
+    rest = solve(batches(skip=int(first.steps)), steps=60 - cut, state=state)
+    assert all(torch.equal(rest.value[k], whole.value[k]) for k in whole.value)
+    assert torch.equal(rest.residual_norm, whole.residual_norm)
+    assert rest.steps == whole.steps == 60
+    assert torch.equal(torch.cat([first.residual_trace, rest.residual_trace]), whole.residual_trace)
+
+
+def test_many_right_hand_sides_are_continued_bit_identically():
+    vs = random_vectors(PROBLEM, 3)
+
+    def solve(v, batches, state=None):
+        return solve_lissa(MATVEC, v, batches, state=state, average_after=3, **ARGUMENTS)
+
+    whole = torch.vmap(lambda v: solve(v, BATCHES * 3))(vs)
+    first = torch.vmap(lambda v: solve(v, (BATCHES * 3)[:5]))(vs)
+    rest = torch.vmap(lambda v, state: solve(v, (BATCHES * 3)[5:], state))(vs, first.state)
+    assert all(torch.equal(rest.value[k], whole.value[k]) for k in whole.value)
+
+
+def test_the_scale_that_the_error_proposes_works():
+    largest = torch.linalg.eigvalsh(HESSIAN).max().item()
+    with pytest.raises(SolverError) as caught:
+        solve_lissa(MATVEC, V, [PROBLEM.batch] * 500, damping=0.1, scale=(largest + 0.1) / 20)
+    proposed = float(re.search(r"try scale=([\d.e+-]+)", str(caught.value)).group(1))
+    solution = solve_lissa(MATVEC, V, [PROBLEM.batch] * 500, damping=0.1, scale=proposed)
+    assert Status(int(solution.status)) is Status.FINISHED
+    assert solution.relative_residual < 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"repeats": 2}, "needs steps"),
+        ({"repeats": 0}, "must be >= 1"),
+        ({"average_after": -1}, "must be >= 0"),
+        ({"repeats": 3, "steps": 2}, "ended after 0 of 2 steps"),
+    ],
+)
+def test_bad_repeats_and_averages_are_named(change, words):
+    with pytest.raises(ValueError, match=words):
+        solve_lissa(MATVEC, V, BATCHES, **ARGUMENTS, **change)
