@@ -5,6 +5,7 @@ short blocks of calls (a block that was interrupted says nothing), and ratios ar
 median. Knows callables; knows nothing of what they compute.
 """
 
+import os
 import platform
 import statistics
 import sys
@@ -100,6 +101,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": sys.version.split()[0],
         "processor": _processor(),
+        "load": os.getloadavg()[0],
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": platform.system(),

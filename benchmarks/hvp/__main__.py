@@ -100,15 +100,18 @@ def main() -> None:
             continue
         rows.append(measure(row, device=arguments.device, seconds=arguments.seconds, only=arguments.strategy))
         print(markdown(rows[-1:]), flush=True)
+        if not (arguments.model or arguments.strategy):  # a part is not the table
+            save(rows, arguments.output, f"hvp-{'quick-' if arguments.quick else ''}{arguments.device}")
     print(markdown(rows))
-    if arguments.model or arguments.strategy:
-        return  # a part is not the table
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    name = f"hvp-{'quick-' if arguments.quick else ''}{arguments.device}"
+
+
+def save(rows: list[dict[str, Any]], folder: Path, name: str) -> None:
+    """Writes what there is so far, after each row: a long run that is cut off has still said something."""
+    folder.mkdir(parents=True, exist_ok=True)
     record = {"environment": environment(), "rows": rows}
-    (arguments.output / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    (arguments.output / f"{name}.md").write_text(markdown(rows) + "\n")
-    plot(rows, arguments.output / f"{name}.png")
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / f"{name}.md").write_text(markdown(rows) + "\n")
+    plot(rows, folder / f"{name}.png")
 
 
 if __name__ == "__main__":
