@@ -4,7 +4,7 @@ Pure functions on `torch.func`. Damping is in the units of the Hessian: `solve_*
 """
 
 from lissa import tree
-from lissa.curvature import ggnvp
+from lissa.curvature import fvp, ggnvp, linearised_hvp
 from lissa.hvp import (
     choose_mode,
     hvp,
@@ -54,6 +54,7 @@ __all__ = [
     "dense_matrix",
     "diagonal_preconditioner",
     "estimate_spectrum",
+    "fvp",
     "ggnvp",
     "hvp",
     "hvp_auto",
@@ -66,6 +67,7 @@ __all__ = [
     "index_stream",
     "influence_scores",
     "least_damping",
+    "linearised_hvp",
     "lissa_init",
     "lissa_update",
     "mean_matvec",
