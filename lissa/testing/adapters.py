@@ -79,6 +79,8 @@ def of_curvlinops(operator: Callable[..., Any] | None = None) -> Hvp:
                 return loss_fn({k: getattr(self, name) for k, name in names.items()}, batch)
 
         class Outputs(torch.nn.Module):
+            reduction = "mean"  # over one datum: the loss of the whole batch
+
             def forward(self, outputs: Tensor, _: Tensor) -> Tensor:
                 return outputs
 

@@ -29,7 +29,7 @@ def remembered(size: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                 for d in (problem.params, problem.batch, *vectors)
                 for t in d.values()
             ]
-            key = hash((repr(problem), problem.dtype, problem.curvature, problem.accuracy, *tensors))
+            key = hash((repr(problem.recipe), problem.dtype, problem.curvature, problem.accuracy, *tensors))
             if key not in answers:
                 answers[key] = fn(problem, *vectors)
             answers.move_to_end(key)

@@ -40,7 +40,7 @@ class Problem(NamedTuple):
         v: Another.
         curvature: Which matrix a product is to be taken with: `"hessian"`, `"gauss-newton"` or `"fisher"`.
         accuracy: What the product claims: `"autodiff"`, exact up to rounding, or `"difference"`, a central difference.
-        recipe: The arguments of `make_problem`.
+        recipe: The arguments of `make_problem`; keys that start with `_` mark what a law has changed.
     """
 
     loss_fn: LossFn
@@ -56,7 +56,7 @@ class Problem(NamedTuple):
     recipe: dict[str, Any]
 
     def __repr__(self) -> str:
-        return f"make_problem({', '.join(f'{k}={v!r}' for k, v in self.recipe.items())})"
+        return f"make_problem({', '.join(f'{k}={v!r}' for k, v in self.recipe.items() if not k.startswith('_'))})"
 
     @property
     def functions(self) -> tuple[Callable[..., Tensor], ...]:
@@ -163,29 +163,37 @@ def make_problem(
     if positions:
         batch["mask"] = torch.randint(2, lead, generator=g).to(dtype)
 
+    def line(params: Params, x: Tensor) -> Tensor:
+        size = x if model == "lookup" else x[..., 0]
+        return params["slope"] * size.to(params["slope"].dtype)
+
     def output_fn(params: Params, batch: Any) -> Tensor:
         out = _forward(model, params, batch["x"], act)
         if linear_term:  # one more output, which the loss adds as it is
-            size = batch["x"] if model == "lookup" else batch["x"][..., 0]
-            out = torch.cat([out, (params["slope"] * size.to(out.dtype)).unsqueeze(-1)], -1)
+            out = torch.cat([out, line(params, batch["x"]).unsqueeze(-1)], -1)
         return out
 
-    def losses_of_outputs(out: Tensor, batch: Any) -> Tensor:
-        losses = _losses(loss, out[..., :-1] if linear_term else out, batch["y"])
-        if linear_term:
-            losses = losses + out[..., -1]
-        if positions:
-            losses = (batch["mask"] * losses).sum(1) / batch["mask"].sum(1).clamp(min=1)
-        return losses
+    def mean_over_positions(losses: Tensor, batch: Any) -> Tensor:
+        if not positions:
+            return losses
+        return (batch["mask"] * losses).sum(1) / batch["mask"].sum(1).clamp(min=1)
 
     def example_loss_fn(params: Params, batch: Any) -> Tensor:
-        return losses_of_outputs(output_fn(params, batch), batch)
-
-    def output_loss_fn(out: Tensor, batch: Any) -> Tensor:
-        return losses_of_outputs(out, batch).sum() / max(len(batch["y"]), 1)
+        losses = _losses(loss, _forward(model, params, batch["x"], act), batch["y"])
+        if linear_term:  # not through the outputs: so that the slope's gradient is a constant to autograd too
+            losses = losses + line(params, batch["x"])
+        return mean_over_positions(losses, batch)
 
     def loss_fn(params: Params, batch: Any) -> Tensor:
+        if linear_term:
+            return example_loss_fn(params, batch).sum() / max(len(batch["y"]), 1)
         return output_loss_fn(output_fn(params, batch), batch)
+
+    def output_loss_fn(out: Tensor, batch: Any) -> Tensor:
+        losses = (
+            _losses(loss, out[..., :-1], batch["y"]) + out[..., -1] if linear_term else _losses(loss, out, batch["y"])
+        )
+        return mean_over_positions(losses, batch).sum() / max(len(batch["y"]), 1)
 
     u, v = ({k: _entries(g, p.shape, dtype) for k, p in params.items()} for _ in range(2))
     return Problem(

@@ -245,7 +245,7 @@ def reparametrisation(product: Product, problem: Problem) -> None:
         loss_fn=through_average(problem.loss_fn),
         example_loss_fn=through_average(problem.example_loss_fn),
         output_fn=through_average(problem.output_fn),
-        recipe=problem.recipe | {"averaged": True},  # another problem than that of the recipe
+        recipe=problem.recipe | {"_averaged": True},  # another problem than that of the recipe
     )
     in_p = problem._replace(params=tree.map(average, problem.params))
     v, A_v = problem.v, tree.map(average, problem.v)

@@ -1,0 +1,137 @@
+"""How a check runs and reports: one law, the smallest case as code, the same each time, nothing left behind."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+import lissa
+from lissa import tree
+from lissa.testing import (
+    LawBroken,
+    check_hvp,
+    check_scores,
+    check_solver,
+    make_problem,
+    problems,
+    product_laws,
+    products,
+)
+
+
+def doubled(loss_fn, params, batch, v):
+    return tree.scale(2.0, lissa.hvp(loss_fn, params, batch, v))
+
+
+def broken_by(hvp, **options):
+    with pytest.raises(LawBroken) as broken:
+        check_hvp(hvp, max_examples=30, **options)
+    return broken.value
+
+
+def test_the_report_names_law_numbers_cause_and_case():
+    broken = broken_by(doubled)
+    assert isinstance(broken, AssertionError)
+    assert broken.law == "difference of gradients"
+    # The answer is twice the expected one, entry by entry, up to what a difference of gradients can tell.
+    torch.testing.assert_close(tree.flatten(broken.got), 2 * tree.flatten(broken.expected), rtol=1e-4, atol=1e-7)
+    for words in ("law broken: difference of gradients", "got:", "expected:", "likely cause: it is 2 times"):
+        assert words in str(broken)
+
+
+def test_the_case_is_small_and_its_code_breaks_the_law_again():
+    broken = broken_by(doubled)
+    # One input, one output, no hidden layer is enough to see a factor: w and b.
+    assert sum(p.numel() for p in broken.case.params.values()) <= 2
+    *_, first_import, second_import, call = str(broken).splitlines()
+    assert "make_problem" in call
+    with pytest.raises(LawBroken, match="difference of gradients"):
+        exec("\n".join(line.strip() for line in (first_import, second_import, call)), {"YOUR_FUNCTION": doubled})
+
+
+def test_the_same_seed_gives_the_same_report():
+    assert str(broken_by(doubled, seed=3)) == str(broken_by(doubled, seed=3))
+
+
+def test_seeds_try_other_cases():
+    def seen(seed):
+        cases = []
+        law = product_laws()[0]
+        law._replace(holds=lambda _, case: cases.append(repr(case))).check(None, max_examples=5, seed=seed)
+        return cases
+
+    assert seen(0) == seen(0)
+    assert seen(0) != seen(1)
+
+
+def test_an_exception_of_the_code_under_test_breaks_the_law():
+    def fails(loss_fn, params, batch, v):
+        raise RuntimeError("no kernel")
+
+    broken = broken_by(fails)
+    assert (broken.law, broken.got) == ("form", "RuntimeError")
+    assert "no kernel" in str(broken)
+
+
+@given(problem=problems(dtypes=(torch.float64,)))
+@settings(max_examples=3, deadline=None, database=None)
+def test_checks_work_inside_given(problem):
+    assert len(check_hvp(lissa.hvp, problem=problem).laws) == len(product_laws())
+
+
+@pytest.mark.parametrize("law", product_laws(), ids=str)
+def test_laws_work_as_parameters_of_a_test(law):
+    law.check(lissa.hvp, max_examples=2)
+
+
+def test_a_law_is_a_plain_function():
+    problem = make_problem(model="mlp", features=2, width=2, batch_size=3)
+    assert products.symmetry(lissa.hvp, problem) is None
+    with pytest.raises(LawBroken, match="dense agreement"):
+        products.dense_agreement(doubled, problem)
+
+
+@pytest.mark.parametrize(
+    ("check", "implementation", "law"),
+    [
+        (check_hvp, doubled, "difference of gradients"),
+        (check_solver, lambda matvec, v, *, damping: tree.scale(2.0, v), "residual"),
+        (check_scores, lambda f, p, ihvp, b: 2 * lissa.influence_scores(f, p, ihvp, b), "dense agreement"),
+    ],
+)
+def test_one_call_checks_each_kind(check, implementation, law):
+    with pytest.raises(LawBroken) as broken:
+        check(implementation, max_examples=10)
+    assert broken.value.law == law
+
+
+def run(code, directory):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(Path(lissa.__file__).parent.parent)},
+    ).stdout
+
+
+def test_a_check_writes_nothing_into_the_working_directory(tmp_path):
+    run("import lissa, lissa.testing; lissa.testing.check_hvp(lissa.hvp, max_examples=2)", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_hypothesis_the_import_says_what_to_install(tmp_path):
+    code = """
+import sys
+sys.modules["hypothesis"] = None  # as if it were not installed
+try:
+    import lissa.testing
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    assert "pip install 'lissa[test]'" in run(code, tmp_path)
