@@ -116,7 +116,7 @@ def estimate_spectrum(
         z = z - Q.mT @ (Q @ z)
         return z @ H(z)
 
-    rest = torch.stack([probe() for _ in range(probes)]) if len(Q) < P else torch.zeros_like(flat[:2])
+    rest = torch.stack([probe() for _ in range(probes)]) if len(Q) < P else flat.new_zeros(2)
     return Spectrum(
         largest=values[-1],
         largest_bound=values[-1] + slack,

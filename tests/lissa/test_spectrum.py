@@ -147,3 +147,11 @@ def test_not_a_number_is_refused():
 def test_bad_arguments_are_named(options, words):
     with pytest.raises(ValueError, match=words):
         estimate(torch.eye(4, dtype=torch.float64), **options)
+
+
+def test_one_parameter_has_one_eigenvalue():
+    spectrum = estimate_spectrum(
+        lambda v: {"x": 3.0 * v["x"]}, {"x": torch.ones(())}, generator=torch.Generator().manual_seed(0)
+    )
+    assert float(spectrum.largest) == float(spectrum.smallest) == float(spectrum.trace) == 3.0
+    assert float(spectrum.trace_error) == 0.0
