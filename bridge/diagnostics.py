@@ -35,6 +35,9 @@ class Diagnostics(NamedTuple):
         status: A `lissa.Status` for each right-hand side.
         relative_residual: `|v - (H + damping I) x| / |v|` on the full training data; NaN if not measured.
         cosine_with_gradient: Cosine of the angle between `x` and `v`; 1 if the inverse Hessian changed nothing.
+        correlation_with_plain: Where that cosine is near 1, the correlation of scores with plain gradient products,
+            over a sample of the training data; else NaN.
+        largest_eigenvalue: Of the Hessian, on a sample, if there was something to warn of; else NaN.
     """
 
     solver: str
@@ -47,6 +50,8 @@ class Diagnostics(NamedTuple):
     status: Tensor
     relative_residual: Tensor
     cosine_with_gradient: Tensor
+    correlation_with_plain: Tensor
+    largest_eigenvalue: float
 
     def in_words(self) -> str:
         """What was solved and what to think of it."""
@@ -72,7 +77,7 @@ class Diagnostics(NamedTuple):
 
     def problems(self) -> list[str]:
         """One sentence for each reason to distrust the scores; none if there is none."""
-        found = []
+        found: list[str] = []
         if not len(self.status):
             return found
         if self.steps == 0 and self.solver == "lissa":
@@ -85,10 +90,12 @@ class Diagnostics(NamedTuple):
         if plain:
             found.append(
                 f"For {plain} of {len(self.status)} right-hand sides the result points along the plain gradient "
-                f"(cosine {_span(self.cosine_with_gradient, '.6f')}): scores are gradient dot products, the Hessian "
-                f"plays no part, because the effective damping (damping * scale = {self.damping:g}) is far above the "
-                "Hessian or too few steps were taken. Lower the damping (give it as `ridge`, in the units of the "
-                "Hessian) and take about 2 * scale / ridge steps."
+                f"(cosine {_span(self.cosine_with_gradient, '.6f')}): scores are gradient dot products "
+                f"(correlation {_span(self.correlation_with_plain, '.7f')}), the Hessian plays no part, because the "
+                f"effective damping (damping * scale = {self.damping:g}) is far above the Hessian, whose largest "
+                f"eigenvalue is about {self.largest_eigenvalue:.2g}, or too few steps were taken. Lower the damping "
+                "(give it as `ridge`, in the units of the Hessian) and take about 2 * scale / ridge steps, or let "
+                "scale='auto' and recursion_depth='auto' choose."
             )
         poor = int((self.relative_residual > ACCURATE).sum())
         if poor:
@@ -102,7 +109,7 @@ class Diagnostics(NamedTuple):
 
 def joined(parts: list[Diagnostics]) -> Diagnostics:
     """The diagnostics of several groups of right-hand sides of one call."""
-    tensors = ("status", "relative_residual", "cosine_with_gradient")
+    tensors = ("status", "relative_residual", "cosine_with_gradient", "correlation_with_plain")
     return parts[0]._replace(**{name: torch.cat([getattr(part, name) for part in parts]) for name in tensors})
 
 
@@ -121,5 +128,8 @@ def failure_advice(worst: Status, solver: str, damping: float, scale: float) -> 
 
 
 def _span(values: Tensor, spec: str = ".2g") -> str:
-    low, high = float(values.min()), float(values.max())
-    return f"{low:{spec}}" if len(values) == 1 or low == high else f"{low:{spec}} to {high:{spec}}"
+    known = values[~values.isnan()]
+    if not len(known):
+        return "unknown"
+    low, high = float(known.min()), float(known.max())
+    return f"{low:{spec}}" if low == high else f"{low:{spec}} to {high:{spec}}"

@@ -4,6 +4,7 @@ Knows how LiSSA's batches are drawn and what its result is worth; the numerics a
 """
 
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -15,7 +16,7 @@ from torch.utils.data import Dataset
 
 from bridge import compat as allennlp_order
 from bridge import diagnostics as report
-from bridge import progress, settings, solving, strategies
+from bridge import measurements, progress, settings, solving, strategies
 from bridge.data import CollateFn, DatasetReader, Lazy, LazyLoader, SimpleDataLoader, check_dataset
 from bridge.diagnostics import Diagnostics, InfluenceWarning
 from bridge.functional import OutputLoss, evaluation, functional
@@ -279,7 +280,7 @@ class SimpleInfluence(InfluenceInterpreter):
                 session.first_not_finite("training", self._train)
             if worst.failed:
                 raise SolverError(report.failure_advice(worst, choice.solver, choice.damping, choice.scale), solution)
-            self._parts.append(self._judge(choice, vectors, solution))
+            self._parts.append(self._judge(session, choice, vectors, solution))
             return solution.value
 
         return solve
@@ -303,7 +304,9 @@ class SimpleInfluence(InfluenceInterpreter):
             status = torch.stack([solution.status for solution in solutions]).amax(0)
             residual = torch.full_like(solutions[0].relative_residual, torch.nan)
             if self._measure_residual:
-                residual = self._residual(session, choice.damping, vectors, value)
+                residual = measurements.relative_residuals(
+                    session, self._train, choice.damping, vectors, value, size=self._score_batch_size
+                )
             return solutions[0]._replace(value=value, status=status, relative_residual=residual)
 
         return solve
@@ -320,9 +323,11 @@ class SimpleInfluence(InfluenceInterpreter):
 
     # ------------------------------------------------------------------ what it is worth
 
-    def _judge(self, choice: Choice, vectors: Params, solution: Solution) -> Diagnostics:
-        lengths = torch.vmap(tree.norm)(vectors) * torch.vmap(tree.norm)(solution.value)
-        cosine = torch.vmap(tree.vdot)(vectors, solution.value) / lengths
+    def _judge(self, session: Session, choice: Choice, vectors: Params, solution: Solution) -> Diagnostics:
+        cosine = measurements.cosines(vectors, solution.value)
+        correlation = torch.full_like(cosine, torch.nan)
+        if bool((cosine >= report.PLAIN_GRADIENT).any()):
+            correlation = measurements.correlations(session, self._train, vectors, solution.value, seed=self._seed)
         return Diagnostics(
             solver=choice.solver,
             damping=choice.damping,
@@ -333,34 +338,18 @@ class SimpleInfluence(InfluenceInterpreter):
             batch_size=choice.batch_size,
             status=solution.status.cpu(),
             relative_residual=solution.relative_residual.cpu(),
-            cosine_with_gradient=cosine.nan_to_num(0.0).cpu(),
+            cosine_with_gradient=cosine.cpu(),
+            correlation_with_plain=correlation.cpu(),
+            largest_eigenvalue=math.nan,
         )
 
-    def _residual(self, session: Session, damping: float, vectors: Params, ihvps: Params) -> Tensor:
-        """`|v - (H + damping I) x| / |v|` on all the data for K stacked vectors; 0 where v is 0."""
-        damped = tree.add_scaled(self._full_data_product(session, ihvps), damping, ihvps)
-        lengths = torch.vmap(tree.norm)(vectors)
-        return (torch.vmap(tree.norm)(tree.sub(vectors, damped)) / lengths).nan_to_num(0.0)
-
-    def _full_data_product(self, session: Session, vectors: Params) -> Params:
-        """`H v` on all training data for K stacked vectors, in batches weighted by their size."""
-        n, size = len(self._train), self._score_batch_size
-        matvec = partial(hvp, session.model.loss_fn, session.model.params)
-        product = strategies.for_each_vector("Hessian-vector products", lambda v, batch: matvec(batch, v))
-        total = tree.zeros_like(vectors)
-        starts = progress.bar(range(0, n, size), description="measuring the residual", show=self.progress)
-        for start in starts:
-            indices = list(range(start, min(start + size, n)))
-            with session.naming("training", self._train, indices):
-                batch = session.batch([self._train[i] for i in indices])
-                total = tree.add_scaled(total, len(indices) / n, product(vectors, lambda batch=batch: batch))
-        return total
-
     def _close(self, session: Session) -> None:
-        self._diagnostics = report.joined(self._parts)
-        problems = self._diagnostics.problems()
-        if problems:
-            warnings.warn(" ".join(problems), InfluenceWarning, stacklevel=2)
+        found = report.joined(self._parts)
+        if found.problems():
+            largest = measurements.largest_eigenvalue(session, self._train, seed=self._seed)
+            found = found._replace(largest_eigenvalue=largest)
+            warnings.warn(" ".join(found.problems()), InfluenceWarning, stacklevel=2)
+        self._diagnostics = found
 
     # ------------------------------------------------------------------ AllenNLP's own numbers
 

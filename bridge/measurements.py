@@ -1,0 +1,75 @@
+"""Measures what a solve `(H + damping I) x = v` is worth, on the training data themselves.
+
+Knows a session's instances and `lissa`'s products; knows nothing of how `x` was found or what is said about it.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bridge import progress, strategies
+from bridge.session import Session
+from lissa import Params, estimate_spectrum, hvp, tree
+
+SAMPLE = 64
+"""Training instances that the largest eigenvalue and the correlation are measured on: for a warning, two digits do."""
+
+
+def relative_residuals(
+    session: Session, train: Sequence[Any], damping: float, vectors: Params, ihvps: Params, *, size: int
+) -> Tensor:
+    """`|v - (H + damping I) x| / |v|` on all training data for K stacked vectors, shape `(K,)`; 0 where v is 0."""
+    damped = tree.add_scaled(_product(session, train, ihvps, size), damping, ihvps)
+    lengths = torch.vmap(tree.norm)(vectors)
+    return (torch.vmap(tree.norm)(tree.sub(vectors, damped)) / lengths).nan_to_num(0.0)
+
+
+def cosines(vectors: Params, ihvps: Params) -> Tensor:
+    """Cosine of the angle between `v` and `x` for K stacked vectors, shape `(K,)`; 0 where one of them is 0."""
+    lengths = torch.vmap(tree.norm)(vectors) * torch.vmap(tree.norm)(ihvps)
+    return (torch.vmap(tree.vdot)(vectors, ihvps) / lengths).nan_to_num(0.0)
+
+
+def largest_eigenvalue(session: Session, train: Sequence[Any], *, seed: int) -> float:
+    """The largest eigenvalue of the Hessian on a sample of the training data, from below, by ten products."""
+    chosen = _sample(len(train), seed)
+    batch = session.batch([train[i] for i in chosen])
+    matvec = partial(hvp, session.model.loss_fn, session.model.params, batch)
+    generator = torch.Generator().manual_seed(seed)
+    return float(estimate_spectrum(matvec, session.model.params, generator=generator, steps=8, probes=2).largest)
+
+
+def correlations(session: Session, train: Sequence[Any], vectors: Params, ihvps: Params, *, seed: int) -> Tensor:
+    """Pearson correlation, over a sample of the training data, of scores with plain gradient products, shape `(K,)`.
+
+    NaN where the sample's scores do not vary.
+    """
+    chosen = [train[i] for i in _sample(len(train), seed)]
+    score = strategies.scores(session.model)
+    both = tree.map(lambda v, x: torch.cat([v, x]), vectors, ihvps)
+    parts = [score(both, stack) for _, stack in session.examples(chosen, size=SAMPLE, description="sampling")]
+    plain, scores = torch.cat(parts, dim=1).double().chunk(2)
+    plain, scores = (s - s.mean(1, keepdim=True) for s in (plain, scores))
+    return (plain * scores).sum(1) / (plain.norm(dim=1) * scores.norm(dim=1))
+
+
+def _product(session: Session, train: Sequence[Any], vectors: Params, size: int) -> Params:
+    """`H v` on all training data for K stacked vectors, in batches weighted by their size."""
+    n = len(train)
+    matvec = partial(hvp, session.model.loss_fn, session.model.params)
+    product = strategies.for_each_vector("Hessian-vector products", lambda v, batch: matvec(batch, v))
+    total = tree.zeros_like(vectors)
+    starts = progress.bar(range(0, n, size), description="measuring the residual", show=session.show)
+    for start in starts:
+        indices = list(range(start, min(start + size, n)))
+        with session.naming("training", train, indices):
+            batch = session.batch([train[i] for i in indices])
+            total = tree.add_scaled(total, len(indices) / n, product(vectors, lambda batch=batch: batch))
+    return total
+
+
+def _sample(n: int, seed: int) -> list[int]:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:SAMPLE].tolist()
