@@ -40,7 +40,10 @@ def hvp(loss_fn: LossFn, params: Params, batch: Batch, v: Params, *, mode: str =
       1e-10 in float64 and 1e-4 in float32; refused in 16 bits, and where two step lengths disagree. Needs first
       derivatives only. Costs four gradients.
     - `"auto"`: the first of reverse-over-reverse, double-backward, forward-over-reverse and finite-difference that
-      runs, with attention kernels switched, inside the call, to ones that can be differentiated twice.
+      runs. It remembers, for each `loss_fn`, which one that was.
+
+    Inside the call, kernels are switched to ones that can be differentiated twice (`lissa.kernels`). For many products
+    at the same shapes, `traced` and `compiled` remove the overhead; for many vectors, `torch.vmap(..., chunk_size=)`.
 
     Args:
         loss_fn: `loss_fn(params, batch) -> ()`, the mean loss. It must be deterministic.
@@ -54,8 +57,10 @@ def hvp(loss_fn: LossFn, params: Params, batch: Batch, v: Params, *, mode: str =
         does not use, or uses linearly, get zeros.
 
     Raises:
-        ValueError: If `mode` is unknown, `v` does not match `params`, or the loss is not a scalar.
+        ValueError: If `mode` is unknown, `v` does not match `params`, or the loss is not a scalar, draws random numbers
+            or changes a buffer.
         TypeError: If `params` or `v` is not a dict of floating-point tensors of the same dtypes.
+        NotImplementedError: If the mode cannot differentiate the loss. The message names the operation and what works.
 
     Example:
         >>> def loss_fn(params, batch):

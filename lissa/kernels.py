@@ -93,7 +93,8 @@ _FORWARD_MODE_NOT_DIFFERENTIABLE = frozenset(
         "_safe_softmax",
     }
 )
-"""Found by comparing, for every operation of torch 2.13, the product in all modes with a difference of gradients."""
+"""Found by comparing, for the operations and samples of torch 2.13's own test suite, the product of each mode with a
+difference of gradients, on CPU in float64."""
 
 
 def _uses_stored_statistics(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
