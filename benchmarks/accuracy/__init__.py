@@ -1,0 +1,1 @@
+"""How accurate is each solver, at what cost, and are the scores right? `python -m benchmarks.accuracy --help`."""
