@@ -1,7 +1,9 @@
 """Settings that all tests share."""
 
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # No test is timed: a first call may compile, and machines differ. The same examples on every run.
-settings.register_profile("default", deadline=None, derandomize=True, database=None)
+settings.register_profile(
+    "default", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("default")
