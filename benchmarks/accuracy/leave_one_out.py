@@ -40,8 +40,8 @@ def change(task: Task, index: int, digit: int) -> torch.Tensor:
     # The mean over n - 1 examples times (n - 1) / n is the sum over n: the penalty is scaled to match.
     without = task._replace(train=(x[keep], y[keep]), l2=task.l2 * task.n / (task.n - 1))
     test = (task.test[0][digit : digit + 1], task.test[1][digit : digit + 1])
-    with torch.no_grad():
-        return task.loss_fn(fit(without, task.params), test) - task.loss_fn(task.params, test)
+    refitted = fit(without, task.params)
+    return task.loss_fn(refitted, test) - task.loss_fn(task.params, test)
 
 
 def allennlp(task: Task, v: dict) -> dict:
