@@ -2,30 +2,51 @@
 
 Knows the screen and the shell; does no work of its own.
 
-Exit codes: 0 done, 1 the job failed (the message says why), 2 wrong usage, 130 interrupted.
+Exit codes: 0 done; 1 the job failed (the message says why); 2 wrong usage; 3 a file, model or name that was given
+cannot be used, and nothing was computed; 4 `check` finds that these settings give no meaningful influence; 130 interrupted.
 """
 
 import argparse
+import math
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bridge import results
+from bridge.files import InputError
+
+if TYPE_CHECKING:
+    from bridge.job import Job
+    from bridge.run import Settings, Solved
+
+EXTRAS = {"transformers": "hf", "jinja2": "report", "PIL": "report", "pyarrow": "parquet"}
+"""The extra that holds a module."""
+
+FAILED, CANNOT_BE_USED, NOT_MEANINGFUL, INTERRUPTED = 1, 3, 4, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (default: that of the process) and returns its exit code."""
     parser = _parser()
     arguments = parser.parse_args(argv)
+    arguments.command_line = shlex.join(["simple-influence", *(sys.argv[1:] if argv is None else argv)])
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except ModuleNotFoundError as error:
-        print(f"{error}. Install the extra that holds it: pip install 'lissa[demo]'", file=sys.stderr)
-        return 1
-    except (OSError, RuntimeError, ValueError) as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0], "demo")
+        print(f"{error}. Install the extra that holds it: pip install 'lissa[{extra}]'", file=sys.stderr)
+        return FAILED
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return CANNOT_BE_USED
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        return FAILED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,7 +69,105 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--quiet", action="store_true", help="no progress bars")
     demo.set_defaults(run=_demo)
+
+    run = commands.add_parser(
+        "run",
+        help="the training examples that helped and harmed each test example",
+        description="Ranks the training examples by their influence on the loss of each test example: positive scores "
+        "helped (without the example the test loss would rise by about score / n), negative ones harmed.",
+    )
+    _add_job(run, test_is="examples to explain")
+    _add_settings(run)
+    _add_output(run)
+    run.add_argument(
+        "--k", type=_count, default=10, help="examples at each end of the ranking (%(default)s); all if there are fewer"
+    )
+    run.set_defaults(run=_run)
+
+    self_influence = commands.add_parser(
+        "self",
+        help="training examples by self-influence: the wrongly labelled ones come first",
+        description="Ranks the training examples by their influence on their own loss. Mislabelled and unusual "
+        "examples have the largest.",
+    )
+    _add_job(self_influence, test_is=None)
+    _add_settings(self_influence)
+    _add_output(self_influence)
+    self_influence.add_argument("--k", type=_count, default=20, help="examples in the report (%(default)s)")
+    self_influence.set_defaults(run=_self)
+
+    check = commands.add_parser(
+        "check",
+        help="is influence meaningful for this model with these settings?",
+        description="Solves for a few examples only and says what was solved and whether it converged. Exit code 0 if "
+        "there is no reason to distrust the scores, 4 if there is.",
+    )
+    _add_job(check, test_is="examples to solve for; the default is training examples")
+    _add_settings(check)
+    check.set_defaults(run=_check)
     return parser
+
+
+def _add_job(parser: argparse.ArgumentParser, *, test_is: str | None) -> None:
+    job = parser.add_argument_group("model and data")
+    job.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR|MODULE:FUNCTION",
+        help="a directory that transformers' save_pretrained wrote, tokenizer included; or a function that returns a "
+        "mapping with model, train_dataset, and if needed test_dataset, loss_fn, collate_fn, show",
+    )
+    kinds = "a .csv, .tsv or .jsonl file in UTF-8"
+    job.add_argument("--train", type=Path, metavar="FILE", help=f"what the model was trained on: {kinds}")
+    if test_is:
+        job.add_argument("--test", type=Path, metavar="FILE", help=f"{test_is}: {kinds}")
+    job.add_argument("--text-column", default="text", metavar="NAME", help="where the text is (%(default)s)")
+    job.add_argument(
+        "--label-column", default="label", metavar="NAME", help="where the label is: a name or number (%(default)s)"
+    )
+    job.add_argument("--max-length", type=_positive_count, metavar="TOKENS", help="cut texts here (the model's most)")
+    job.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (%(default)s)")
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    settings = parser.add_argument_group("what is solved: (H + ridge I) x = gradient")
+    settings.add_argument(
+        "--params",
+        action="append",
+        default=[],
+        metavar="REGEX",
+        help="measure influence in the parameters whose names begin with a match, the others being constants; may be "
+        r"given several times (all parameters). Example: --params 'classifier|bert\.encoder\.layer\.5'",
+    )
+    settings.add_argument(
+        "--solver", choices=("lissa", "cg", "minres", "dense", "auto"), default="auto", help="(%(default)s)"
+    )
+    settings.add_argument(
+        "--ridge",
+        type=_number_or_auto,
+        default="auto",
+        help="the damping in the units of the Hessian, such as the weight decay of training; auto: a tenth of the mean "
+        "eigenvalue (%(default)s)",
+    )
+    settings.add_argument(
+        "--scale", type=_number_or_auto, default="auto", help="LiSSA's step size is 1 / scale (%(default)s)"
+    )
+    settings.add_argument("--steps", type=_count_or_auto, default="auto", help="LiSSA's steps (%(default)s)")
+    settings.add_argument(
+        "--rtol", type=float, default=1e-2, help="relative residual to stop at, where steps are auto (%(default)s)"
+    )
+    settings.add_argument(
+        "--batch-size", type=_positive_count, default=32, help="training examples a LiSSA step (%(default)s)"
+    )
+    settings.add_argument("--seed", type=int, default=0, help="of the batches and probes (%(default)s)")
+    settings.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write; made if not there")
+    output.add_argument("--format", choices=results.FORMATS, default="csv", help="of the table (%(default)s)")
+    output.add_argument("--no-report", action="store_true", help="no report.html")
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -56,3 +175,170 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     demo.run(arguments.out, seed=arguments.seed, progress=not arguments.quiet)
     return 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from bridge import run
+
+    _writable(arguments)
+    job = _job(arguments, needs_test=True)
+    if arguments.k > len(job.train):
+        print(
+            f"k = {arguments.k} is more than the {len(job.train)} training examples: all are ranked.", file=sys.stderr
+        )
+    path = arguments.out / f"influence.{arguments.format}"
+    solved = run.explain(job, _settings(arguments), arguments.k, path)
+    return _finish(arguments, job, solved, path)
+
+
+def _self(arguments: argparse.Namespace) -> int:
+    from bridge import run
+
+    _writable(arguments)
+    job = _job(arguments, needs_test=False)
+    path = arguments.out / f"self_influence.{arguments.format}"
+    solved = run.rank_by_self_influence(job, _settings(arguments), path)
+    return _finish(arguments, job, solved, path)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from bridge import run
+
+    job = _job(arguments, needs_test=False)
+    settings = _settings(arguments)
+    print(f"{len(job.train)} training examples; influence in {run.parameters(job, settings)} parameters.")
+    found = run.check(job, settings)
+    print(found.in_words())
+    if found.problems():
+        print("NOT MEANINGFUL with these settings.")
+        return NOT_MEANINGFUL
+    print("No reason was found to distrust scores with these settings.")
+    return 0
+
+
+def _job(arguments: argparse.Namespace, *, needs_test: bool) -> "Job":
+    """The job of `--model`; notes on its data are printed."""
+    import torch
+
+    from bridge import job
+
+    train, test = arguments.train, getattr(arguments, "test", None)
+    try:
+        device = torch.device(arguments.device)
+    except RuntimeError as error:
+        raise InputError(f"--device {arguments.device}: {str(error).splitlines()[0]}") from error
+    directory = Path(arguments.model)
+    if ":" in arguments.model and not directory.is_dir():
+        if train or test:
+            raise InputError(f"--model {arguments.model} returns its datasets: leave out --train and --test.")
+        found = job.from_function(arguments.model)
+        found.model.to(device)
+    else:
+        if not directory.is_dir():
+            raise InputError(f"--model {arguments.model}: there is no such directory (a function is MODULE:FUNCTION).")
+        if train is None or (needs_test and test is None):
+            raise InputError("With a model directory, give --train" + (" and --test." if needs_test else "."))
+        found = _from_directory(arguments, directory, device)
+    if needs_test and not len(found.test):
+        raise InputError(f"--model {arguments.model}: there is no 'test_dataset' to explain.")
+    for note in found.notes:
+        print(f"Note: {note}", file=sys.stderr)
+    return found
+
+
+def _from_directory(arguments: argparse.Namespace, directory: Path, device: "object") -> "Job":
+    import transformers
+
+    from bridge import huggingface
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return huggingface.from_directory(
+        directory,
+        arguments.train,
+        getattr(arguments, "test", None),
+        text_column=arguments.text_column,
+        label_column=arguments.label_column,
+        max_length=arguments.max_length,
+        device=device,  # pyright: ignore[reportArgumentType]
+    )
+
+
+def _settings(arguments: argparse.Namespace) -> "Settings":
+    from bridge.run import Settings
+
+    return Settings(
+        params=tuple(arguments.params),
+        solver=arguments.solver,
+        ridge=arguments.ridge,
+        scale=arguments.scale,
+        steps=arguments.steps,
+        rtol=arguments.rtol,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        progress=not arguments.quiet,
+    )
+
+
+def _writable(arguments: argparse.Namespace) -> None:
+    """What would stop the results from being written must not be found after an hour of work."""
+    if arguments.format == "parquet":
+        import pyarrow  # noqa: F401  # pyright: ignore[reportMissingImports]
+    if not arguments.no_report:
+        import jinja2  # noqa: F401  # pyright: ignore[reportMissingImports]
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        probe = arguments.out / "settings.json"
+        probe.open("a").close()
+    except OSError as error:
+        raise InputError(f"--out {arguments.out}: cannot be written to: {error.strerror or error}.") from error
+
+
+def _finish(arguments: argparse.Namespace, job: "Job", solved: "Solved", table: Path) -> int:
+    """Says what was solved, and writes the settings and the report."""
+    from bridge import report, run
+
+    settings = report.repeatable(arguments.command_line, job, _settings(arguments), solved.diagnostics)
+    written = [table, report.write_settings(arguments.out / "settings.json", settings)]
+    if not arguments.no_report:
+        written.append(
+            report.write(arguments.out / "report.html", job, solved, settings)
+            if solved.found and isinstance(solved.found[0], run.Explained)
+            else report.write_self(arguments.out / "report.html", job, solved, settings, most=arguments.k)
+        )
+    print(solved.diagnostics.in_words())
+    print(f"Wrote {', '.join(map(str, written))}.")
+    return 0
+
+
+def _count(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number >= 0, got {text!r}")
+    return value
+
+
+def _positive_count(text: str) -> int:
+    value = _count(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("must be a whole number > 0, got 0")
+    return value
+
+
+def _number_or_auto(text: str) -> float | str:
+    if text == "auto":
+        return text
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"must be a number >= 0 or auto, got {text!r}")
+    return value
+
+
+def _count_or_auto(text: str) -> int | str:
+    return text if text == "auto" else _positive_count(text)
