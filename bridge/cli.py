@@ -3,7 +3,8 @@
 Knows the screen and the shell; does no work of its own.
 
 Exit codes: 0 done; 1 the job failed (the message says why); 2 wrong usage; 3 a file, model or name that was given
-cannot be used, and nothing was computed; 4 `check` finds that these settings give no meaningful influence; 130 interrupted.
+cannot be used, and nothing was computed; 4 `check` finds that these settings give no meaningful influence; 130
+interrupted.
 """
 
 import argparse
