@@ -3,7 +3,7 @@
 Pure functions on `torch.func`. Damping is in the units of the Hessian: `solve_*` solve `(H + damping I) x = v`.
 """
 
-from lissa import tree
+from lissa import checks, tree
 from lissa.curvature import fvp, ggnvp, linearised_hvp
 from lissa.hvp import (
     choose_mode,
@@ -48,6 +48,7 @@ __all__ = [
     "Spectrum",
     "Status",
     "batch_stream",
+    "checks",
     "choose_mode",
     "choose_settings",
     "compiled",
