@@ -210,6 +210,6 @@ def freezing_the_rest(model: nn.Module, names: Collection[str]) -> list[str]:
 
     Example:
         >>> freezing_the_rest(nn.Linear(1, 1), ["bias"])
-        ['weight\\\\Z']
+        ['weight\\Z']
     """
     return [re.escape(name) + r"\Z" for name, _ in model.named_parameters() if name not in names]

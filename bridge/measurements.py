@@ -42,7 +42,9 @@ def largest_eigenvalue(session: Session, train: Sequence[Any], *, seed: int) -> 
     return float(estimate_spectrum(matvec, session.model.params, generator=generator, steps=8, probes=2).largest)
 
 
-def correlations(session: Session, train: Sequence[Any], vectors: Params, ihvps: Params, *, seed: int) -> Tensor:
+def correlations(
+    session: Session, train: Sequence[Any], vectors: Params, ihvps: Params, *, size: int, seed: int
+) -> Tensor:
     """Pearson correlation, over a sample of the training data, of scores with plain gradient products, shape `(K,)`.
 
     NaN where the sample's scores do not vary.
@@ -50,7 +52,7 @@ def correlations(session: Session, train: Sequence[Any], vectors: Params, ihvps:
     chosen = [train[i] for i in _sample(len(train), seed)]
     score = strategies.scores(session.model)
     both = tree.map(lambda v, x: torch.cat([v, x]), vectors, ihvps)
-    parts = [score(both, stack) for _, stack in session.examples(chosen, size=SAMPLE, description="sampling")]
+    parts = [score(both, stack) for _, stack in session.examples(chosen, size=size, description="sampling")]
     plain, scores = torch.cat(parts, dim=1).double().chunk(2)
     plain, scores = (s - s.mean(1, keepdim=True) for s in (plain, scores))
     return (plain * scores).sum(1) / (plain.norm(dim=1) * scores.norm(dim=1))

@@ -327,7 +327,9 @@ class SimpleInfluence(InfluenceInterpreter):
         cosine = measurements.cosines(vectors, solution.value)
         correlation = torch.full_like(cosine, torch.nan)
         if bool((cosine >= report.PLAIN_GRADIENT).any()):
-            correlation = measurements.correlations(session, self._train, vectors, solution.value, seed=self._seed)
+            correlation = measurements.correlations(
+                session, self._train, vectors, solution.value, size=self._score_batch_size, seed=self._seed
+            )
         return Diagnostics(
             solver=choice.solver,
             damping=choice.damping,
