@@ -176,9 +176,9 @@ def in_words(findings: Findings) -> str:
         residual = float(solved.relative_residual.max())
         lines.append(
             f"{what}: (H + damping I) x = v was solved for {len(solved.status)} right-hand sides with an effective "
-            f"damping of {solved.damping:g} by {solved.solver} in {solved.steps} steps; the relative residual on all {n} "
-            f"training digits is at most {residual:.1e}: {'converged' if residual <= TOLERANCE else 'NOT CONVERGED'} "
-            f"(to {TOLERANCE:g})."
+            f"damping of {solved.damping:g} by {solved.solver} in {solved.steps} steps; the relative residual on all "
+            f"{n} training digits is at most {residual:.1e}: "
+            f"{'converged' if residual <= TOLERANCE else 'NOT CONVERGED'} (to {TOLERANCE:g})."
         )
     return "\n".join(lines)
 
