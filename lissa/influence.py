@@ -17,8 +17,8 @@ from lissa.types import Batch, ExampleLossFn, Params
 METHODS = ("auto", "jvp", "per-example-gradients")
 
 JVP_LIMIT = 16
-"""More vectors than this are scored by per-example gradients. Where the two methods cross depends on the model: measured
-on one CPU thread, at 8 vectors for softmax regression (P = 7,850) and at 100 for a network with P = 85,000."""
+"""More vectors than this are scored by per-example gradients. Where the two methods cross depends on the model: on one
+CPU thread they did at 8 vectors for softmax regression (P = 7,850) and at 100 for a network with P = 85,000."""
 
 
 def influence_scores(
@@ -48,7 +48,8 @@ def influence_scores(
 
     Returns:
         Scores of shape `(B,)`, or `(K, B)` for K stacked vectors, in units of the loss. Differentiable: the gradient in
-        a training input is Koh & Liang's perturbation influence.
+        a training input is Koh & Liang's perturbation influence. For that use `"per-example-gradients"` where the model
+        normalises layers: torch's forward-mode derivative of LayerNorm is right but its gradient is not.
 
     Raises:
         ValueError: If `ihvp` does not match `params`, or the loss is not of shape `(B,)`.
