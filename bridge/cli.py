@@ -248,7 +248,7 @@ def _job(arguments: argparse.Namespace, *, needs_test: bool) -> "Job":
 
 
 def _from_directory(arguments: argparse.Namespace, directory: Path, device: "object") -> "Job":
-    import transformers
+    import transformers  # pyright: ignore[reportMissingImports]
 
     from bridge import huggingface
 

@@ -114,7 +114,7 @@ def padded(tokenizer: Any, *, multiple_of: int | None = PAD_TO) -> CollateFn:
         `collate_fn(instances) -> batch` for `model(**batch)`. Keys that the model does not take, such as the text
         itself, are left out.
     """
-    from transformers import DataCollatorWithPadding
+    from transformers import DataCollatorWithPadding  # pyright: ignore[reportMissingImports]
 
     collator = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple_of)
     taken = {*tokenizer.model_input_names, "label", "labels"}
@@ -166,7 +166,7 @@ def _logits(model: Callable[..., Any], batch: Mapping[str, Tensor], device: torc
 
 
 def _config_and_tokenizer(directory: Path) -> tuple[Any, Any]:
-    import transformers
+    import transformers  # pyright: ignore[reportMissingImports]
 
     try:
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
@@ -179,7 +179,7 @@ def _config_and_tokenizer(directory: Path) -> tuple[Any, Any]:
 
 
 def _classifier(directory: Path) -> Any:
-    import transformers
+    import transformers  # pyright: ignore[reportMissingImports]
 
     try:
         model, loaded = transformers.AutoModelForSequenceClassification.from_pretrained(
