@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
+from bridge.attention import masks_always_made
 from lissa import Batch, ExampleLossFn, LossFn, Params, tree
 from lissa.kernels import twice_differentiable
 
@@ -61,7 +62,7 @@ def evaluation(model: nn.Module, *, training: bool = False) -> Iterator[nn.Modul
     stand_in = _copy_sharing_parameters(model)
     if stand_in is model:
         logger.warning("The model cannot be copied, so it is used itself and its flags put back afterwards.")
-    with _flags(stand_in, training=training), twice_differentiable():
+    with _flags(stand_in, training=training), twice_differentiable(), masks_always_made():
         yield stand_in
 
 
@@ -238,11 +239,13 @@ def _keeps_state(model: nn.Module) -> bool:
     """Whether a forward pass might write to Python state: metrics that count, caches, plain tensor attributes.
 
     Such state must not hold on to tensors of a finished transform, so each evaluation then works on its own copy.
+    Transformers' modules hold their configuration and tables for loading and saving, none of which a forward pass
+    writes to.
     """
     return any(
         not _is_constant(value)
         for module in model.modules()
-        if not type(module).__module__.startswith("torch.nn")
+        if not type(module).__module__.startswith(("torch.nn", "transformers."))
         for key, value in vars(module).items()
         if key not in _MODULE_KEYS and key != "vocab"
     )

@@ -1,14 +1,14 @@
-"""Transformers' sequence classifiers from a local directory, and padded batches that every differentiation mode takes.
+"""Transformers' sequence classifiers from a local directory, and batches of padded texts.
 
 Knows tokenizers and transformers' conventions; knows nothing of influence. Nothing is ever downloaded.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bridge import files
 from bridge.data import CollateFn
@@ -79,7 +79,7 @@ def from_directory(
     if cut:
         notes.append(f"{cut} texts are longer than {most} tokens and were cut.")
 
-    collate_fn = vmappable_masks(padded(tokenizer), model, data["train"])
+    collate_fn = padded(tokenizer)
     names = {number: name for name, number in config.label2id.items()}
 
     def show(role: str, i: int, instance: Any) -> Example:
@@ -123,46 +123,6 @@ def padded(tokenizer: Any, *, multiple_of: int | None = PAD_TO) -> CollateFn:
         return dict(collator([{key: row[key] for key in row if key in taken} for row in instances]))
 
     return collate_fn
-
-
-def vmappable_masks(collate_fn: CollateFn, model: nn.Module, instances: Sequence[Any]) -> CollateFn:
-    """`collate_fn` with `attention_mask` in the shape that `torch.vmap` takes, if the model means the same by it.
-
-    Transformers looks into a mask of shape (B, L) to see whether it can be left out, which vmap cannot follow; one of
-    shape (B, 1, L, L) that is added to the attention scores is used as it is. Some models read more from the mask
-    (causal order, the last token), so both are tried on the shortest and the longest instance, and only if the outputs
-    agree is the mask replaced.
-    """
-
-    def expanded(chosen: list[Any]) -> dict[str, Any]:
-        batch = dict(collate_fn(chosen))
-        mask = batch["attention_mask"]
-        added = torch.zeros(mask.shape, dtype=dtype).masked_fill_(mask == 0, torch.finfo(dtype).min)
-        batch["attention_mask"] = added[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
-        return batch
-
-    floats = [p for p in model.parameters() if p.is_floating_point()]
-    if not floats or not len(instances) or "attention_mask" not in collate_fn([instances[0]]):
-        return collate_fn
-    dtype, device = floats[0].dtype, floats[0].device
-    lengths = [len(instance["input_ids"]) for instance in instances]
-    pair = [instances[lengths.index(min(lengths))], instances[lengths.index(max(lengths))]]
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            logits = [_logits(model, make(pair), device) for make in (collate_fn, expanded)]
-    except (RuntimeError, TypeError, ValueError, IndexError):
-        return collate_fn
-    finally:
-        model.train(training)
-    # The same sums in another order: a few units in the last place of the largest logit.
-    close = 1e3 * torch.finfo(dtype).eps * (1 + logits[0].abs().max())
-    return expanded if bool((logits[0] - logits[1]).abs().max() <= close) else collate_fn
-
-
-def _logits(model: Callable[..., Any], batch: Mapping[str, Tensor], device: torch.device) -> Tensor:
-    return model(**{key: value.to(device) for key, value in batch.items()}).logits
 
 
 def _config_and_tokenizer(directory: Path) -> tuple[Any, Any]:
