@@ -23,7 +23,7 @@ from lissa.ranking import Ranking, ranking_init, ranking_update
 from lissa.recursion import LissaRun, LissaState, lissa_init, lissa_update, solve_lissa
 from lissa.sampling import batch_stream, index_stream, take
 from lissa.solvers import dense_matrix, solve_cg, solve_dense, solve_minres
-from lissa.spectrum import Spectrum, estimate_spectrum
+from lissa.spectrum import Spectrum, batch_noise, estimate_spectrum
 from lissa.svrg import solve_svrg
 from lissa.tracing import compiled, traced
 from lissa.tuned import choose_settings, solve_tuned
@@ -47,6 +47,7 @@ __all__ = [
     "SolverError",
     "Spectrum",
     "Status",
+    "batch_noise",
     "batch_stream",
     "checks",
     "choose_mode",

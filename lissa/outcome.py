@@ -48,6 +48,11 @@ def solution(
     )
 
 
+def worst(statuses: Tensor) -> Tensor:
+    """Of several runs' statuses, stacked: a failure if there is one, and converged only if all have."""
+    return torch.where((statuses >= Status.DIVERGED).any(0), statuses.amax(0), statuses.amin(0))
+
+
 def standard_error_norm(samples: Params) -> Tensor:
     """`sqrt(sum_j Var(x_j) / R)` of R stacked samples, shape `()`."""
     repeats = next(iter(samples.values())).shape[0]

@@ -201,11 +201,9 @@ def solve_lissa(
         residual_norm = torch.stack([run.state.residual_norm for run in runs]).amax(0)
     else:
         residual_norm = tree.norm(tree.sub(v, damped(full_matvec, damping)(value)))
-    statuses = torch.stack([run.status for run in runs])
-    worst = torch.where((statuses >= Status.DIVERGED).any(0), statuses.amax(0), statuses.amin(0))
     solution = outcome.solution(
         value,
-        status=worst,
+        status=outcome.worst(torch.stack([run.status for run in runs])),
         residual_norm=residual_norm,
         length=runs[0].length,
         steps=torch.stack([run.state.step for run in runs]).sum(0),

@@ -1,17 +1,19 @@
 """The ends of the spectrum and the trace of a symmetric matrix, from products alone, each with its error.
 
+Also how much batches differ from their mean, which bounds LiSSA's step beside the spectrum.
+
 Knows products and a `torch.Generator`; knows nothing of losses or of what the numbers are for (see `lissa.tuning`).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lissa import checks, host, tree
-from lissa.types import Matvec, Params
+from lissa.types import Batch, BatchMatvec, Matvec, Params
 
 ASYMMETRY_LIMIT = 0.01
 """A matrix that is further from symmetric than this, relative to its size, is not one that rounding made so."""
@@ -129,6 +131,69 @@ def estimate_spectrum(
         dimension=P,
         products=len(Q) + (probes if len(Q) < P else 0),
     )
+
+
+def batch_noise(
+    matvec: BatchMatvec,
+    batches: Iterable[Batch],
+    like: Params,
+    *,
+    batch_size: int,
+    generator: torch.Generator,
+    probes: int = 2,
+) -> Tensor:
+    """`tr E[H_i^2] / tr H`, how noisy one example's curvature is: what `trace` is to LiSSA's batches, measured.
+
+    A batch of B independent examples has `E |H_b z|^2 = |H z|^2 + (E |H_i z|^2 - |H z|^2) / B`, which is solved for
+    `E |H_i z|^2`, and `E z.H z = tr H` over random signs z. Where every example has curvature of rank one and of the
+    same size, `H_i = g_i g_i^T`, it is the trace; where a few examples hold most of the curvature, it is many times
+    that, and LiSSA on small batches needs a larger scale.
+
+    Args:
+        matvec: `matvec(batch, v) -> H_batch v`.
+        batches: At least two batches of equal size, of different examples.
+        like: Parameters that give keys, shapes and dtype.
+        batch_size: Examples a batch, B.
+        generator: Where the probes come from.
+        probes: Random vectors; each costs one product a batch.
+
+    Returns:
+        The noise, in the units of `H`, shape `()`; 0 where the matrix is 0. An estimate from that many batches.
+
+    Raises:
+        ValueError: If there are fewer than two batches, or an argument breaks its rule.
+
+    Example:
+        >>> g = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
+        >>> g = g / g.norm(dim=1, keepdim=True)  # every example has trace 1
+        >>> def matvec(batch, v):
+        ...     return {"x": batch.T @ (batch @ v["x"]) / len(batch)}
+        >>> noise = batch_noise(
+        ...     matvec, g.split(1), {"x": torch.zeros(3)}, batch_size=1, generator=torch.Generator().manual_seed(0)
+        ... )
+        >>> bool((noise - 1).abs() < 0.5)
+        True
+    """
+    call = "batch_noise"
+    checks.params(call, like, "like")
+    checks.count(call, "batch_size", batch_size)
+    checks.generator(call, generator)
+    checks.count(call, "probes", probes)
+    batches, flat = list(batches), tree.flatten(like)
+    if len(batches) < 2:
+        raise ValueError(f"`{call}(batches=...)` must hold at least 2 batches, got {len(batches)}.")
+
+    def probe() -> tuple[Tensor, Tensor]:
+        z = host.signs(len(flat), flat.dtype, flat.device, generator)
+        mean, square = torch.zeros_like(flat), flat.new_zeros(())
+        for batch in batches:
+            product = flat_matvec(lambda v, batch=batch: matvec(batch, v), like)(z)
+            mean, square = mean + product / len(batches), square + product @ product / len(batches)
+        spread = (square - mean @ mean).clamp_min(0) * len(batches) / (len(batches) - 1)
+        return batch_size * spread + mean @ mean, z @ mean
+
+    squares, traces = (torch.stack(t).mean() for t in zip(*(probe() for _ in range(probes)), strict=True))
+    return torch.where(squares > 0, squares / traces.abs(), squares)
 
 
 def flat_matvec(matvec: Matvec, like: Params) -> Callable[[Tensor], Tensor]:

@@ -3,6 +3,7 @@
 Knows stacked data, the streams and the solvers; knows nothing of losses: curvature comes in as `matvec(batch, v)`.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ SAMPLE = 512
 
 LANCZOS_STEPS, PROBES = 10, 8
 """Enough for a step size: settings bear errors of some ten percent in the largest eigenvalue and the trace."""
+
+NOISE_BATCHES = 32
+"""Batches that the sample is cut into to see how much they differ."""
 
 CHUNK = 1024
 """Examples a product on all the data takes at a time; the last chunk may be shorter and weighs less."""
@@ -37,9 +41,10 @@ def choose_settings(
     rtol: float = 1e-2,
     batch_size: int | None = None,
     method: str = "auto",
+    repeats: int = 1,
     sample: int = SAMPLE,
 ) -> Settings:
-    """`tune_lissa` of the spectrum on `sample` examples: the settings of `solve_tuned`, as data.
+    """`tune_lissa` of the spectrum and the noise on `sample` examples: the settings of `solve_tuned`, as data.
 
     Args:
         matvec: `matvec(batch, v) -> H_batch v`, for instance `partial(hvp, loss_fn, params)`.
@@ -50,7 +55,8 @@ def choose_settings(
         rtol: The relative residual to reach.
         batch_size: Examples a step; the default is the critical batch size.
         method: As in `tune_lissa`.
-        sample: Examples the spectrum is estimated on; all, if there are fewer. The cost is 18 products on them.
+        repeats: Independent solves, for the standard error of scores.
+        sample: Examples the spectrum is estimated on; all, if there are fewer. The cost is 20 products on them.
 
     Returns:
         The `Settings`.
@@ -60,11 +66,19 @@ def choose_settings(
     """
     checks.count("choose_settings", "sample", sample)
     n = sampling.batch_length("choose_settings", data, "data")
-    rows = sampling.take(data, host.randperm(n, generator)[:sample]) if sample < n else data
+    chosen = host.randperm(n, generator)[:sample]
+    rows = sampling.take(data, chosen)
     found = spectrum.estimate_spectrum(
         lambda v: matvec(rows, v), like, generator=generator, steps=LANCZOS_STEPS, probes=PROBES
     )
-    return tune_lissa(found, damping=damping, n=n, rtol=rtol, batch_size=batch_size, method=method)
+    size = math.ceil(len(chosen) / NOISE_BATCHES)
+    noise = None
+    if len(chosen) >= 2 * size and method != "cg":
+        batches = [sampling.take(data, index) for index in chosen.split(size) if len(index) == size]
+        noise = host.number(spectrum.batch_noise(matvec, batches, like, batch_size=size, generator=generator))
+    return tune_lissa(
+        found, damping=damping, n=n, rtol=rtol, batch_size=batch_size, repeats=repeats, method=method, noise=noise
+    )
 
 
 def solve_tuned(
@@ -98,7 +112,8 @@ def solve_tuned(
         throw: Whether a failure raises `SolverError`. If False, it is data: `status` names it, `value` is all NaN.
 
     Returns:
-        The `Solution`, its residual on all the data. `steps` are those of the method chosen.
+        The `Solution`, its residual on all the data. `steps` are those of the method chosen. With `settings.repeats`
+        of two or more, `value` is the mean of so many independent solves, each to `rtol`, and `samples` holds them.
 
     Raises:
         ValueError: If `H + damping I` is not positive definite (the message gives the least damping), or an argument
@@ -128,6 +143,15 @@ def solve_tuned(
             f"got damping={damping:g}, rtol={rtol:g}."
         )
     full = full_matvec or _full_matvec(matvec, data, n)
+    if settings.repeats > 1:
+        runs = [
+            solve_tuned(
+                matvec, v, data, damping=damping, generator=generator, rtol=rtol,
+                settings=settings._replace(repeats=1), full_matvec=full, throw=throw,
+            )
+            for _ in range(settings.repeats)
+        ]  # fmt: skip
+        return _mean(runs, v, full, damping)
     if settings.method == "cg":
         return solve_cg(full, v, damping=damping, rtol=rtol, steps=settings.steps, throw=throw)
     if settings.method == "plain":
@@ -147,6 +171,22 @@ def solve_tuned(
     if throw:
         outcome.raise_on_failure(f"{call}(damping={damping:g}, scale={scale:g})", solution)
     return solution
+
+
+def _mean(runs: list[Solution], v: Params, full: Matvec, damping: float) -> Solution:
+    """The mean of independent solves of the same system, which must all have succeeded."""
+    samples = tree.map(lambda *t: torch.stack(t), *(run.value for run in runs))
+    value = tree.map(lambda t: t.mean(0), samples)
+    return outcome.solution(
+        value,
+        status=outcome.worst(torch.stack([run.status for run in runs])),
+        residual_norm=tree.norm(tree.sub(v, operators.damped(full, damping)(value))),
+        length=tree.norm(v),
+        steps=torch.stack([run.steps for run in runs]).sum(0),
+        trace=list(torch.cat([run.residual_trace for run in runs])),
+        samples=samples,
+        random=True,
+    )
 
 
 def _epochs(

@@ -121,18 +121,20 @@ def tune_lissa(
     batch_size: int | None = None,
     repeats: int = 1,
     method: str = "auto",
+    noise: float | None = None,
 ) -> Settings:
-    """`scale = lambda_max + damping + trace / B` and `steps = 8 scale / damping`, and the cheapest method.
+    """`scale = lambda_max + damping + noise / B` and `steps = 8 scale / damping`, and the cheapest method.
 
     The reasoning, with `m = damping` (plus lambda_min, if it is > 0) the slowest mode:
 
-    - Stability in mean square: `scale > (lambda_max + damping + trace / B) / 2`. Twice that bound makes every mode
-      shrink without changing sign, and keeps clear of the noise that grows without limit at the bound.
+    - Stability in mean square: `scale > (lambda_max + damping + noise / B) / 2`, where `noise` is the trace if all
+      examples have about the same curvature, and more if a few hold most of it, see `batch_noise`. Twice that bound
+      makes every mode shrink without changing sign, and keeps clear of the noise that grows without limit at it.
     - Batch size: a step costs B and the number of steps is in proportion to the scale, so the cost is in proportion to
-      `B (lambda_max + damping) + trace`: flat up to `B = trace / lambda_max`, the critical batch size, which is taken.
+      `B (lambda_max + damping) + noise`: flat up to `B = noise / lambda_max`, the critical batch size, which is taken.
     - Steps: the slowest mode shrinks by `1 - m / scale` a step. Stopping after T steps acts like an extra damping of
       about `scale / T`. After `8 scale / m` steps, and averaging over the second half, 0.5% of it is left.
-    - Noise: the mean of w iterates has a residual of at most about `sqrt(trace / (m B w))` of `|v|`, where the last one
+    - Noise: the mean of w iterates has a residual of at most about `sqrt(noise / (m B w))` of `|v|`, where the last one
       has that of w = scale / m. Repeats and longer tails lower it like a square root. If that is not enough for
       `rtol`, variance reduction: epochs of the same number of steps, each leaves about 0.15 of the residual, and one
       product on all the data.
@@ -147,6 +149,7 @@ def tune_lissa(
         batch_size: Examples a step; the default is the critical batch size.
         repeats: Independent runs, for an error bar.
         method: One of `METHODS`, or `"auto"`: the one of least predicted cost; `"lissa"`: the same without CG.
+        noise: From `batch_noise`; the default, and the least that is taken, is the trace.
 
     Returns:
         The `Settings`, with the predicted cost.
@@ -173,7 +176,10 @@ def tune_lissa(
     checks.one_of(call, "method", method, ("auto", "lissa", *METHODS))
     if batch_size is not None:
         checks.count(call, "batch_size", batch_size)
+    if noise is not None:
+        checks.non_negative(call, "noise", noise)
     largest, trace = float(spectrum.largest), max(float(spectrum.trace), float(spectrum.largest))
+    noise = max(trace, noise or 0.0)
     slowest = damping + _curvature_floor(spectrum)
     _check_definite(spectrum, damping, slowest)
 
@@ -182,10 +188,10 @@ def tune_lissa(
         after = T - math.floor(T * tail)
         return Settings(method, damping, rtol, scale, B, T, after, epochs, repeats, passes)
 
-    B = min(n, batch_size or math.ceil(trace / largest) if largest > 0 else n)
-    scale = largest + damping + trace / B
+    B = min(n, batch_size or math.ceil(noise / largest) if largest > 0 else n)
+    scale = largest + damping + noise / B
     steps = BURN_IN * scale / slowest
-    noise_at_one_step = math.sqrt(trace / (slowest * B))
+    noise_at_one_step = math.sqrt(noise / (slowest * B))
     longer = max(1.0, 2 / steps * (2 * noise_at_one_step / rtol) ** 2)
     epochs = math.ceil(math.log(rtol) / math.log(EPOCH_GAIN)) if rtol < 1 else 1
     full_scale = FULL_BATCH_SCALE * (largest + damping)

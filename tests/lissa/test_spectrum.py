@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from lissa import estimate_spectrum, hvp, mean_matvec, tree
+from lissa import batch_noise, estimate_spectrum, hvp, mean_matvec, tree
 from lissa.sampling import take
 from tests.oracles import dense_hessian
 from tests.problems import mlp
@@ -155,3 +155,55 @@ def test_one_parameter_has_one_eigenvalue():
     )
     assert float(spectrum.largest) == float(spectrum.smallest) == float(spectrum.trace) == 3.0
     assert float(spectrum.trace_error) == 0.0
+
+
+def noise_of(matrices, batch_size, probes=400, replacement=200):
+    """`batch_noise` of example matrices `(n, P, P)` in many random batches of that size."""
+    g = torch.Generator().manual_seed(0)
+    batches = torch.randint(len(matrices), (replacement, batch_size), generator=g)
+    like = {"x": torch.zeros(matrices.shape[-1], dtype=matrices.dtype)}
+    return float(
+        batch_noise(
+            lambda index, v: {"x": matrices[index].mean(0) @ v["x"]},
+            batches,
+            like,
+            batch_size=batch_size,
+            generator=g,
+            probes=probes,
+        )
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_noise_is_the_mean_square_over_the_mean_of_the_examples_curvature(batch_size):
+    g = torch.Generator().manual_seed(1)
+    rows = torch.randn(32, 2, 5, generator=g, dtype=torch.float64) * torch.rand(32, 1, 1, generator=g).double() ** 2
+    matrices = rows.mT @ rows
+    exact = torch.einsum("nij,nij->", matrices, matrices) / torch.einsum("nii->", matrices)
+    # 200 batches and 400 probes: a standard error of about sqrt(2 / 200) = 10% from the batches' variance.
+    assert abs(noise_of(matrices, batch_size) / exact - 1) <= 0.3
+
+
+def test_noise_of_rank_one_curvature_of_one_size_is_the_trace_and_of_a_rare_example_far_more():
+    g = torch.Generator().manual_seed(1)
+    rows = torch.randn(64, 6, generator=g, dtype=torch.float64)
+    rows = 2 * rows / rows.norm(dim=1, keepdim=True)
+    equal = rows[:, :, None] * rows[:, None]
+    assert abs(noise_of(equal, 1) / 4 - 1) <= 0.2
+    equal[0] *= 100
+    trace = float(torch.einsum("nii->", equal)) / 64
+    assert noise_of(equal, 1) >= 20 * trace
+
+
+def test_noise_of_equal_batches_is_the_matrix_alone():
+    matrix = torch.diag(torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64))
+    # No spread: tr H^2 / tr H.
+    assert abs(noise_of(matrix.expand(4, 3, 3), 2, probes=2) / (30 / 8) - 1) <= 1e-12
+    assert noise_of(0 * matrix.expand(4, 3, 3), 2, probes=1) == 0.0
+
+
+def test_noise_needs_two_batches():
+    with pytest.raises(ValueError, match="at least 2 batches, got 1"):
+        batch_noise(
+            lambda b, v: v, [0], {"x": torch.zeros(2)}, batch_size=1, generator=torch.Generator().manual_seed(0)
+        )

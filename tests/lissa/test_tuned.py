@@ -95,6 +95,38 @@ def test_a_scale_far_too_small_is_rescued():
     assert residual(matvec, problem, solution.value, v, 0.2) <= 1e-2
 
 
+def test_a_few_examples_with_most_of_the_curvature_need_no_rescue():
+    problem = softmax_regression(batch_size=512)
+    x, y = problem.batch
+    data = (torch.where(torch.arange(512)[:, None] % 64 == 0, 12 * x, x), y)
+    matvec = partial(hvp, problem.loss_fn, problem.params)
+    v = random_vector(problem)
+    g = generator()
+    settings = choose_settings(matvec, v, data, damping=0.2, generator=g, method="variance-reduced")
+    solution = solve_tuned(matvec, v, data, damping=0.2, generator=g, settings=settings)
+    assert Status(int(solution.status)) is Status.CONVERGED
+    # The residual on all the data fell in every epoch, and no epoch was begun anew.
+    assert (solution.residual_trace.diff() < 0).all()
+    assert int(solution.steps) == len(solution.residual_trace) * settings.steps
+
+
+def test_repeats_are_independent_solves_whose_mean_is_the_value():
+    problem = softmax_regression(batch_size=64)
+    matvec = partial(hvp, problem.loss_fn, problem.params)
+    v, g = random_vector(problem), generator()
+    settings = choose_settings(matvec, v, problem.batch, damping=0.2, generator=g, method="variance-reduced", repeats=3)
+    solution = solve_tuned(matvec, v, problem.batch, damping=0.2, generator=g, settings=settings)
+    assert settings.repeats == 3
+    for k in v:
+        assert solution.samples[k].shape == (3, *v[k].shape)
+        assert torch.allclose(solution.samples[k].mean(0), solution.value[k], rtol=0, atol=1e-14)
+        assert not torch.equal(solution.samples[k][0], solution.samples[k][1])
+    for r in range(3):
+        assert residual(matvec, problem, tree.map(lambda t, r=r: t[r], solution.samples), v, 0.2) <= 1e-2
+    assert abs(residual(matvec, problem, solution.value, v, 0.2) - float(solution.relative_residual)) <= 1e-9
+    assert float(solution.standard_error) > 0
+
+
 def test_same_seed_same_numbers():
     problem = softmax_regression(batch_size=64)
     matvec = partial(hvp, problem.loss_fn, problem.params)

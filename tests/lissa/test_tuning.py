@@ -46,6 +46,13 @@ def test_methods_are_chosen_by_predicted_cost():
     assert tune_lissa(spectrum(), damping=0.01, n=100, method="lissa").method != "cg"
 
 
+def test_noise_takes_the_place_of_the_trace_where_it_is_larger():
+    calm, wild = (tune_lissa(spectrum(), damping=0.01, n=55_000, batch_size=4, noise=x) for x in (1.0, 260.0))
+    assert calm == tune_lissa(spectrum(), damping=0.01, n=55_000, batch_size=4)
+    assert math.isclose(wild.scale, 2.0 + 0.01 + 260.0 / 4)
+    assert tune_lissa(spectrum(), damping=0.01, n=55_000, noise=260.0, method="averaged").batch_size == 130
+
+
 def test_averaging_alone_is_chosen_where_its_noise_is_low_enough():
     assert tune_lissa(spectrum(trace=4.0), damping=1.0, n=10**6, rtol=0.1).method == "averaged"
 
@@ -87,6 +94,7 @@ def test_suggested_damping_is_a_tenth_of_the_mean_eigenvalue():
         ({"n": 0}, ValueError, "must be >= 1"),
         ({"rtol": 0.0}, ValueError, "must be > 0"),
         ({"batch_size": 0}, ValueError, "must be >= 1"),
+        ({"noise": -1.0}, ValueError, "must be >= 0"),
         ({"repeats": 1.5}, TypeError, "must be an int"),
         ({"method": "magic"}, ValueError, "must be one of"),
     ],
