@@ -1,5 +1,6 @@
 """Watches what a call may not touch: global random states, switches and its arguments."""
 
+import pickle
 import random
 import sys
 from collections.abc import Iterator
@@ -51,9 +52,9 @@ def first_change(now: dict[str, Tensor], then: dict[str, Tensor]) -> str | None:
 def _environment() -> tuple[Any, ...]:
     numpy = sys.modules.get("numpy")
     return (
-        torch.get_rng_state().tolist(),
+        torch.get_rng_state().view(torch.int64).tolist(),
         random.getstate(),
-        repr(numpy.random.get_state()) if numpy else None,
+        pickle.dumps(numpy.random.get_state()) if numpy else None,
         torch.is_grad_enabled(),
         torch.get_default_dtype(),
     )

@@ -3,6 +3,7 @@
 Knows Hypothesis, which looks for the smallest case that breaks a law; knows nothing of products, solvers or scores.
 """
 
+import functools
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -88,29 +89,45 @@ class Law(NamedTuple):
             max_examples: Cases to try.
             seed: The same seed tries the same cases.
         """
-        broken: dict[str, LawBroken] = {}
-        tried_since = 0
-
-        def holds(case: Any) -> None:
-            nonlocal tried_since
-            name = repr(case)
-            if name in broken:
-                raise broken[name]
-            if broken:
-                tried_since += 1
-                if tried_since > MAX_SHRINKS:
-                    return
+        kept: set[str] = set()
+        for make in _makers(self.cases, max_examples, seed):
+            case = make()
             try:
                 self.holds(implementation, case)
             except LawBroken as error:
-                broken[name] = error
-                raise
+                smallest = self._smallest(implementation, kept, {repr(case): error}, max_examples, seed)
+                raise (smallest or error).with_traceback(None) from None
+            kept.add(repr(case))
 
-        # Hypothesis raises the error of the smallest failing case.
+    def _smallest(
+        self, implementation: Any, kept: set[str], broken: dict[str, LawBroken], max_examples: int, seed: int
+    ) -> LawBroken | None:
+        """The error of the smallest case that Hypothesis finds from the one in `broken`; no case is tried twice."""
+        tried = 0
+
+        def holds(case: Any) -> None:
+            nonlocal tried
+            name = repr(case)
+            if name in kept:
+                return
+            if name not in broken:
+                tried += 1
+                if tried > MAX_SHRINKS:
+                    return
+                try:
+                    self.holds(implementation, case)
+                except LawBroken as error:
+                    broken[name] = error
+                else:
+                    kept.add(name)
+            if name in broken:
+                raise broken[name]
+
         try:
             _search(holds, self.cases, max_examples, seed)
         except LawBroken as error:
-            raise error.with_traceback(None) from None
+            return error
+        return None
 
 
 class Checked(NamedTuple):
@@ -186,6 +203,22 @@ def _cause_of_exception(message: str) -> str:
     if "must match the size" in message or "shape" in message or "dtype" in message:
         return "a shape or a dtype is taken for granted: look at scalars, batches of size 0 and 1, and float32"
     return ""
+
+
+@functools.lru_cache(maxsize=32)
+def _makers(cases: strategies.SearchStrategy, max_examples: int, seed: int) -> list[Callable[[], Any]]:
+    """What builds the cases that Hypothesis tries while none breaks a law: the same for every law and implementation.
+
+    Drawing a case takes longer than most laws do. Each user gets cases of its own, so that code under test which
+    changes its arguments spoils none but its own.
+    """
+    makers: list[Callable[[], Any]] = []
+
+    def keep(case: Any) -> None:
+        makers.append(getattr(case, "maker", lambda: case))
+
+    _search(keep, cases, max_examples, seed)
+    return makers
 
 
 def _search(holds: Callable[[Any], None], cases: Any, max_examples: int, seed: int) -> None:

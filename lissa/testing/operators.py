@@ -3,7 +3,8 @@
 Plain torch: an operator is rebuilt from the call that its `repr` prints. Knows nothing of Hypothesis or of laws.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +39,11 @@ class Operator(NamedTuple):
 
     def __repr__(self) -> str:
         return f"make_operator({', '.join(f'{k}={v!r}' for k, v in self.recipe.items())})"
+
+    @property
+    def maker(self) -> "Callable[[], Operator]":
+        """Builds it anew, tensors and all."""
+        return partial(make_operator, **self.recipe)
 
     @property
     def matvec(self) -> Matvec:
@@ -136,11 +142,16 @@ class Samples(NamedTuple):
         return f"make_samples({', '.join(f'{k}={v!r}' for k, v in self.recipe.items())})"
 
     @property
+    def maker(self) -> "Callable[[], Samples]":
+        """Builds it anew, tensors and all."""
+        return partial(make_samples, **self.recipe)
+
+    @property
     def matvec(self) -> BatchMatvec:
-        """`mean_i x_i x_i^T v` over the rows of a batch."""
+        """`mean_i x_i x_i^T v` over the rows of a batch; v is one tensor."""
 
         def matvec(rows: Tensor, v: Params) -> Params:
-            return tree.unflatten(rows.mT @ (rows @ tree.flatten(v)) / len(rows), v)
+            return tree.map(lambda v: (rows.mT @ (rows @ v.reshape(-1)) / len(rows)).reshape(v.shape), v)
 
         return matvec
 

@@ -1,12 +1,13 @@
 """Slow, obvious answers in float64, and how far rounding may take an honest implementation from them.
 
-Everything here is by `torch.autograd.grad` on one flat vector, so that it shares nothing with what is tested.
+Everything here is by `torch.autograd.grad` on plain leaves, so that it shares nothing with what is tested; `vmap` only
+stacks what is differentiated.
 """
 
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ def remembered(size: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return decorate
 
 
-@remembered(2**12)
+@remembered(2**14)
 def dense_curvature(problem: Problem) -> Tensor:
     """The matrix that `problem.curvature` names, entry by entry in float64, shape `(P, P)`.
 
@@ -67,7 +68,7 @@ def dense_curvature(problem: Problem) -> Tensor:
     return gradients.mT @ gradients / max(len(gradients), 1)
 
 
-@remembered(2**12)
+@remembered(2**14)
 def example_gradients(problem: Problem) -> Tensor:
     """`g_i`, the gradients of the example losses in float64, shape `(B, P)`."""
     exact = problem.in_float64()
@@ -99,11 +100,11 @@ def product_tolerance(problem: Problem, v: Params) -> float:
     v = tree.map(lambda t: t.double(), v)
     u = torch.finfo(problem.dtype).eps / 2
     m = _roundings(problem)
-    tolerance = m * u * _sensitivity(exact, v, _product)
+    tolerance = m * u * _sensitivity(exact, v, _products)
     if problem.accuracy == "difference" and tree.norm(v) > 0:
         e = difference_step(problem, v)
         truncation = tree.norm(tree.sub(gradient_difference(exact, v, 2 * e), gradient_difference(exact, v, e)))
-        tolerance += 16 * float(truncation) + 4 * m * u * _sensitivity(exact, v, _gradient_alone) / e
+        tolerance += 16 * float(truncation) + 4 * m * u * _sensitivity(exact, v, _gradients) / e
     return tolerance
 
 
@@ -138,10 +139,7 @@ def difference_step(problem: Problem, v: Params) -> float:
 def gradient_difference(problem: Problem, v: Params, e: float) -> Params:
     """`(grad L(p + e v) - grad L(p - e v)) / 2e` in float64."""
     exact = problem.in_float64()
-    weights = _equal_weights(exact)
-    ahead, behind = (
-        _gradient(exact, tree.add_scaled(exact.params, sign * e, v), exact.batch, weights) for sign in (1, -1)
-    )
+    ahead, behind = (_gradient(exact, tree.add_scaled(exact.params, sign * e, v)) for sign in (1, -1))
     return tree.scale(1 / (2 * e), tree.sub(ahead, behind))
 
 
@@ -156,66 +154,89 @@ def _roundings(problem: Problem) -> int:
     return 4 * (problem.batch["y"].numel() + tree.numel(problem.params)) + 300
 
 
-def _product(problem: Problem, params: Params, batch: Any, weights: Tensor, v: Params) -> Params:
-    """`C v` in float64 with example i weighted by `weights[i]` in place of 1/B."""
-    leaves = tree.map(lambda t: t.detach().requires_grad_(), params)
+class _Stack(NamedTuple):
+    """K versions of a problem's data, stacked in front: one pass differentiates all of them."""
+
+    params: Params
+    batch: dict[str, Tensor]
+    weights: Tensor
+    v: Params
+
+    def through(self, fn: Callable[..., Tensor], argument: Any) -> Tensor:
+        """`fn(argument_k, batch_k)` for each k."""
+        in_dims = (0, {k: 0 if t.is_floating_point() and k != "mask" else None for k, t in self.batch.items()})
+        return torch.vmap(fn, in_dims=in_dims)(argument, self.batch)
+
+
+def _products(problem: Problem, stack: _Stack) -> Params:
+    """`C v` in float64 with example i weighted by `weights[i]` in place of 1/B, for each of the stack."""
+    leaves = tree.map(lambda t: t.detach().requires_grad_(), stack.params)
     if problem.curvature == "hessian":
-        losses = problem.example_loss_fn(leaves, batch)
-        return _double_backward((weights * losses).sum(), leaves, v)
+        losses = stack.through(problem.example_loss_fn, leaves)
+        return _double_backward((stack.weights * losses).sum(), leaves, stack.v)
     if problem.curvature == "fisher":
-        losses = problem.example_loss_fn(leaves, batch)
-        total = tree.zeros_like(params)
-        for weight, loss in zip(weights, losses, strict=True):
-            g = _backward(loss, leaves)
-            total = tree.add_scaled(total, weight * tree.vdot(g, v), g)
+        losses = stack.through(problem.example_loss_fn, leaves)
+        total = tree.zeros_like(stack.params)
+        for weight, loss in zip(stack.weights.T, losses.T, strict=True):
+            g = _backward(loss.sum(), leaves)
+            along = sum((g[k] * stack.v[k]).reshape(len(weight), -1).sum(1) for k in g)
+            total = tree.add(total, _each(weight * along, g))
         return total
-    out = problem.output_fn(leaves, batch)
+    out = stack.through(problem.output_fn, leaves)
     z = out.detach().requires_grad_()
-    share = weights.sum()  # the output loss is a mean: its examples are not weighed one by one
+    share = stack.weights.sum(1)  # the output loss is a mean: its examples are not weighed one by one
     cotangent = torch.zeros_like(out, requires_grad=True)
-    J_transposed = torch.autograd.grad(out, list(leaves.values()), cotangent, create_graph=True, materialize_grads=True)
-    J_v = _grad(sum((g * t).sum() for g, t in zip(J_transposed, v.values(), strict=True)), [cotangent])[0]
-    H_J_v = _double_backward(problem.output_loss_fn(z, batch), {"z": z}, {"z": J_v})["z"]
-    return tree.scale(share, _backward(out, leaves, H_J_v))
+    J_transposed = _grad(out, list(leaves.values()), cotangent, create_graph=True)
+    J_v = _grad(sum((g * t).sum() for g, t in zip(J_transposed, stack.v.values(), strict=True)), [cotangent])[0]
+    H_J_v = _double_backward(stack.through(problem.output_loss_fn, z).sum(), {"z": z}, {"z": J_v})["z"]
+    return _each(share, _backward(out, leaves, H_J_v))
 
 
-def _scores(problem: Problem, params: Params, batch: Any, weights: Tensor, v: Params) -> Params:
+def _scores(problem: Problem, stack: _Stack) -> Params:
     """`g_i . v` as the derivative in s of `<d (sum_i s_i l_i) / dp, v>`: two backward passes."""
-    leaves = tree.map(lambda t: t.detach().requires_grad_(), params)
-    losses = problem.example_loss_fn(leaves, batch)
+    leaves = tree.map(lambda t: t.detach().requires_grad_(), stack.params)
+    losses = stack.through(problem.example_loss_fn, leaves)
     s = torch.zeros_like(losses, requires_grad=True)
     gradient = _grad((s * losses).sum(), list(leaves.values()), create_graph=True)
-    inner = sum((g * t).sum() for g, t in zip(gradient, v.values(), strict=True))
+    inner = sum((g * t).sum() for g, t in zip(gradient, stack.v.values(), strict=True))
     return {"scores": _grad(inner, [s])[0]}
 
 
-def _gradient_alone(problem: Problem, params: Params, batch: Any, weights: Tensor, v: Params) -> Params:
-    return _gradient(problem, params, batch, weights)
+def _gradients(problem: Problem, stack: _Stack) -> Params:
+    leaves = tree.map(lambda t: t.detach().requires_grad_(), stack.params)
+    return _backward((stack.weights * stack.through(problem.example_loss_fn, leaves)).sum(), leaves)
 
 
-def _gradient(problem: Problem, params: Params, batch: Any, weights: Tensor) -> Params:
-    leaves = tree.map(lambda t: t.detach().requires_grad_(), params)
-    return _backward((weights * problem.example_loss_fn(leaves, batch)).sum(), leaves)
+def _each(factors: Tensor, x: Params) -> Params:
+    """`factors[k] x_k` for a stack of vectors."""
+    return tree.map(lambda t: factors.reshape(-1, *[1] * (t.ndim - 1)) * t, x)
 
 
-def _sensitivity(problem: Problem, v: Params, fn: Callable[..., Params], probes: int = 4, e: float = 1e-6) -> float:
+def _sensitivity(
+    problem: Problem, v: Params, fn: Callable[[Problem, _Stack], Params], probes: int = 4, e: float = 1e-6
+) -> float:
     """The root mean square of `|fn(data (1 + e s)) - fn(data)| / e` over random signs s, the same signs each time."""
-    weights = _equal_weights(problem)
-    base = fn(problem, problem.params, problem.batch, weights, v)
     generator = torch.Generator().manual_seed(tree.numel(problem.params))
 
-    def shake(t: Tensor) -> Tensor:
-        if not t.is_floating_point():
-            return t
-        signs = torch.randint(2, t.shape, generator=generator).double() * 2 - 1
-        return t * (1 + e * signs)
+    def shaken(t: Tensor) -> Tensor:
+        """The tensor as it is, and `probes` times with signs of its own."""
+        signs = torch.randint(2, (probes, *t.shape), generator=generator).double() * 2 - 1
+        return torch.cat([t.unsqueeze(0), t * (1 + e * signs)])
 
-    squares = []
-    for _ in range(probes):
-        params, probe = tree.map(shake, problem.params), tree.map(shake, v)
-        batch = {k: t if k == "mask" else shake(t) for k, t in problem.batch.items()}
-        squares.append((error(fn(problem, params, batch, shake(weights), probe), base) / e) ** 2)
-    return (sum(squares) / probes) ** 0.5
+    stack = _Stack(
+        tree.map(shaken, problem.params),
+        {k: shaken(t) if t.is_floating_point() and k != "mask" else t for k, t in problem.batch.items()},
+        shaken(_equal_weights(problem)),
+        tree.map(shaken, v),
+    )
+    answers = torch.cat([t.reshape(probes + 1, -1) for t in fn(problem, stack).values()], 1)
+    lengths = torch.linalg.vector_norm(answers[1:] - answers[0], dim=1) / e
+    return float(lengths.square().mean().sqrt())
+
+
+def _gradient(problem: Problem, params: Params) -> Params:
+    leaves = tree.map(lambda t: t.detach().requires_grad_(), params)
+    return _backward((_equal_weights(problem) * problem.example_loss_fn(leaves, problem.batch)).sum(), leaves)
 
 
 def _equal_weights(problem: Problem) -> Tensor:
@@ -242,15 +263,21 @@ def _grad(output: Any, inputs: Sequence[Tensor], cotangent: Tensor | None = None
 
 
 def _jacobian(fn: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
-    """Row by row, shape `(outputs, inputs)`."""
+    """All rows by one batched backward pass, shape `(outputs, inputs)`."""
     at = at.detach().requires_grad_()
-    out = fn(at)
-    rows = [_grad(entry, [at], retain_graph=True)[0] for entry in out]
-    return torch.stack(rows) if rows else at.new_zeros(0, len(at)).detach()
+    return _rows(fn(at), at)
 
 
 def _hessian(fn: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
     at = at.detach().requires_grad_()
-    gradient = _grad(fn(at), [at], create_graph=True)[0]
-    rows = [_grad(entry, [at], retain_graph=True)[0] for entry in gradient]
-    return torch.stack(rows).detach() if rows else at.new_zeros(0, 0).detach()
+    return _rows(_grad(fn(at), [at], create_graph=True)[0], at)
+
+
+def _rows(out: Tensor, at: Tensor) -> Tensor:
+    """`d out / d at`, shape `(len(out), len(at))`."""
+    if not len(out):
+        return at.new_zeros(0, len(at)).detach()
+    unit_vectors = torch.eye(len(out), dtype=out.dtype)
+    if not out.requires_grad:
+        return at.new_zeros(len(out), len(at)).detach()
+    return torch.autograd.grad(out, at, unit_vectors, is_grads_batched=True, materialize_grads=True)[0].detach()

@@ -6,6 +6,7 @@ activation saturates.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +58,11 @@ class Problem(NamedTuple):
 
     def __repr__(self) -> str:
         return f"make_problem({', '.join(f'{k}={v!r}' for k, v in self.recipe.items() if not k.startswith('_'))})"
+
+    @property
+    def maker(self) -> "Callable[[], Problem]":
+        """Builds it anew, tensors and all."""
+        return partial(make_problem, **self.recipe)
 
     @property
     def functions(self) -> tuple[Callable[..., Tensor], ...]:

@@ -167,7 +167,8 @@ def leave_one_out(scores: Scores, problem: Problem) -> None:
     `ihvp = A^-1 grad l_test`, removing example i (and keeping 1/n) moves w by `d_i = A^-1 g_i / (n (1 - h_i))`, with
     leverage `h_i = x_i A^-1 x_i / n`, and the test loss by exactly `s_i / (n (1 - h_i)) + (x_test d_i)^2 / 2`. So n
     times the change misses the score by `|s_i| h_i / (1 - h_i) + n (x_test d_i)^2 / 2` and no more. The fits are made;
-    the formula gives the tolerance, with `1e3 P u` relative for the rounding of fits and scores in the dtype.
+    the formula gives the tolerance, with `1e3 P u` relative for the rounding of scores in the dtype, and, for that of
+    the two test losses in float64, whose difference is far smaller than they are, of n `(|x_test| |w| + |y_test|)^2`.
 
     Uses the sizes and the seed of `problem` alone.
     """
@@ -201,6 +202,8 @@ def leave_one_out(scores: Scores, problem: Problem) -> None:
     exact = gradients @ ihvp
     u = torch.finfo(dtype).eps / 2
     rounding = 1e3 * P * u * (gradients.abs() @ ihvp.abs() + X.abs() @ ihvp.abs() * (y.abs() + (X @ w).abs()))
+    size = (x_test.abs() @ w.abs() + y_test.abs()).square()
+    rounding += 1e3 * P * torch.finfo(torch.float64).eps / 2 * n * size
     room = exact.abs() * leverage / (1 - leverage) + n * shift.square() / 2 + rounding
 
     batch = {"x": X.to(dtype), "y": y.to(dtype)}

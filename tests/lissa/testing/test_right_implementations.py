@@ -11,7 +11,7 @@ def test_the_law_holds(name, law):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize(("name", "law"), PAIRS, ids=str)
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_law_holds_on_a_thousand_cases(name, law, seed):
     law.check(RIGHT[name][0], max_examples=1000, seed=seed)
