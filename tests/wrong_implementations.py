@@ -120,6 +120,41 @@ def float32_inside(loss_fn, params, batch, v):
     return tree.map(lambda t: t.float().to(t.dtype), hvp(loss_fn, params, batch, v))
 
 
+def shortened(loss_fn, params, batch, v, *, params_too=False):
+    """Inputs go through bfloat16, as between the stages of a pipeline in mixed precision."""
+
+    def short(x):
+        return tree.map(lambda t: t.bfloat16().to(t.dtype), x)
+
+    return hvp(loss_fn, short(params) if params_too else params, batch, v if params_too else short(v))
+
+
+def not_a_number(loss_fn, params, batch, v):
+    """A length of 0 is divided by."""
+    product = hvp(loss_fn, params, batch, v)
+    length = tree.norm(product)
+    return tree.map(lambda t: t / length * length, product)
+
+
+def numbers_for_tensors(loss_fn, params, batch, v):
+    """`.tolist()`, as if to be written to a file."""
+    return tree.map(lambda t: t.tolist(), hvp(loss_fn, params, batch, v))
+
+
+def sets_the_seed(loss_fn, params, batch, v):
+    """`torch.manual_seed(0)` for the sake of reproducibility: the caller's own random numbers begin again."""
+    torch.manual_seed(0)
+    return hvp(loss_fn, params, batch, v)
+
+
+def leaves_grad_mode_off(loss_fn, params, batch, v):
+    """`torch.set_grad_enabled(False)` without a `with`."""
+    with torch.enable_grad():
+        product = hvp(loss_fn, params, batch, v)
+    torch.set_grad_enabled(False)
+    return product
+
+
 def columns_for_rows(loss_fn, params, batch, v):
     """`v` is flattened column by column, the product restored row by row."""
     return hvp(loss_fn, params, batch, tree.map(lambda t: t.mT.reshape(t.shape) if t.ndim == 2 else t, v))
@@ -577,6 +612,12 @@ WRONG: dict[str, Wrong] = {
     "unweighted ragged chunks": Wrong(made(ragged_chunks_unweighted), hessian, "additivity", ""),
     "ignored mask": Wrong(made(mask_ignored), hessian, "difference of gradients", "mask"),
     "float32 accumulation": Wrong(made(float32_inside), hessian, "linearity", "float32"),
+    "v in bfloat16": Wrong(made(shortened), hessian, "dense agreement"),
+    "parameters in bfloat16": Wrong(made(shortened, params_too=True), hessian, "dense agreement"),
+    "NaN for a product of length 0": Wrong(made(not_a_number), hessian, "form", "finite"),
+    "numbers for tensors": Wrong(made(numbers_for_tensors), hessian, "form"),
+    "sets the seed": Wrong(made(sets_the_seed), hessian, "purity", "generator"),
+    "leaves grad mode off": Wrong(made(leaves_grad_mode_off), hessian, "purity", "finally"),
     "transposed flattening": Wrong(made(columns_for_rows), hessian, "symmetry", "flattened"),
     "mutated v": Wrong(made(updates_v), hessian, "purity", "in place"),
     "gradients left in .grad": Wrong(made(leaves_grad_behind), hessian, "purity", ".backward()"),

@@ -29,19 +29,34 @@ def product_of(
     """The product under test, checked to be shaped like the parameters, with their key order."""
     params = problem.params if params is None else params
     batch = problem.batch if batch is None else batch
+    like = dict(params)
     got = run(law, problem, lambda: product(*problem.functions, params, batch, v))
-    if not isinstance(got, dict) or got.keys() != params.keys():
-        what = list(got) if isinstance(got, dict) else type(got).__name__
-        cause = "return a dict with the keys of params; zeros for parameters that the loss does not use"
-        raise LawBroken(law, "the result has other keys", got=what, expected=list(params), cause=cause, case=problem)
-    for k, p in params.items():
+    require_form(law, got, like, problem, "the result", "zeros for parameters that the loss does not use")
+    for k in like:
+        if not got[k].isfinite().all():
+            cause = (
+                "0/0 for a batch of none, or an operation without a finite second derivative: the exact one is finite"
+            )
+            raise LawBroken(law, f"the result at {k!r} is not finite", got=got, cause=cause, case=problem)
+    return {k: got[k].detach() for k in like}
+
+
+def require_form(law: Callable[..., None], got: Any, like: Params, case: Any, what: str, hint: str) -> None:
+    """`got` is a dict with the keys of `like`, of tensors of their shapes, dtypes and devices, or `LawBroken`."""
+    if not isinstance(got, dict) or got.keys() != like.keys():
+        shown = list(got) if isinstance(got, dict) else type(got).__name__
+        cause = f"return a dict with the keys {list(like)}; {hint}"
+        raise LawBroken(law, f"{what} has other keys", got=shown, expected=list(like), cause=cause, case=case)
+    for k, t in like.items():
+        if not isinstance(got[k], Tensor):
+            kind = type(got[k]).__name__
+            raise LawBroken(law, f"{what} at {k!r} is no tensor", got=kind, expected="Tensor", case=case)
         for attribute in ("shape", "dtype", "device"):
-            now, then = (getattr(t, attribute) for t in (got[k], p))
+            now, then = (getattr(t, attribute) for t in (got[k], t))
             if now != then:
                 cause = "keep the parameter's own shape and dtype: no flattening, no default dtype"
-                reason = f"the result at {k!r} has another {attribute}"
-                raise LawBroken(law, reason, got=now, expected=then, cause=cause, case=problem)
-    return {k: got[k].detach() for k in params}
+                reason = f"{what} at {k!r} has another {attribute}"
+                raise LawBroken(law, reason, got=now, expected=then, cause=cause, case=case)
 
 
 def dense_product(problem: Problem, v: Params) -> Params:
@@ -64,19 +79,14 @@ def solution_of(
 ) -> Params:
     """The solver under test, its answer checked to be finite and shaped like v."""
     matvec = operator.matvec if matvec is None else matvec
+    like = dict(v)
     x = run(law, operator, lambda: value_of(solve(matvec, v, damping=operator.damping)))
-    if not isinstance(x, dict) or x.keys() != v.keys():
-        what = list(x) if isinstance(x, dict) else type(x).__name__
-        cause = "return x, or a result whose .value is x, as a dict with the keys of v"
-        raise LawBroken(law, "the solution has other keys", got=what, expected=list(v), cause=cause, case=operator)
-    for k, t in v.items():
-        if x[k].shape != t.shape or x[k].dtype != t.dtype:
-            got, expected = ((tuple(t.shape), t.dtype) for t in (x[k], t))
-            raise LawBroken(law, f"x at {k!r} has another shape or dtype", got=got, expected=expected, case=operator)
+    require_form(law, x, like, operator, "x", "x itself, or a result whose .value is x")
+    for k in like:
         if not x[k].isfinite().all():
             cause = "0/0 for a residual of 0, a step that is too long, or a method for definite matrices alone"
             raise LawBroken(law, f"x at {k!r} is not finite", got=x, cause=cause, case=operator)
-    return {k: x[k].detach() for k in v}
+    return {k: x[k].detach() for k in like}
 
 
 def value_of(result: Any) -> Params:

@@ -4,10 +4,11 @@ from functools import partial
 
 import torch
 
+from lissa import checks
 from lissa.testing import products, sampling_solvers, scores, solvers, strategies
 from lissa.testing.law import Checked, Law, check_laws, law_name
 from lissa.testing.operators import Operator, Samples
-from lissa.testing.problems import Problem
+from lissa.testing.problems import ACCURACIES, CURVATURES, Problem
 from lissa.testing.strategies import DTYPES
 
 
@@ -20,6 +21,8 @@ def product_laws(
     min_batch_size: int = 0,
 ) -> tuple[Law, ...]:
     """The laws of products of this curvature, in the order in which they tell faults apart. Arguments: `check_hvp`."""
+    checks.one_of("product_laws", "curvature", curvature, CURVATURES)
+    checks.one_of("product_laws", "accuracy", accuracy, ACCURACIES)
     draw = partial(strategies.problems, curvature=curvature, accuracy=accuracy, dtypes=dtypes)
     legal = draw(min_batch_size=min_batch_size)
     some = draw(min_batch_size=max(1, min_batch_size))

@@ -14,9 +14,11 @@ from torch import Tensor
 @contextmanager
 def nothing_global_changes(broken: Any) -> Iterator[None]:
     """Raises `broken(what, cause)` if the block reads or sets a global random state, grad mode or the default dtype."""
-    before = _environment()
-    yield
-    after = _environment()
+    with global_state_kept():
+        _seed(_UNUSUAL)  # a state that no code sets by itself: setting a seed is a change, whatever was set before
+        before = _environment()
+        yield
+        after = _environment()
     for what, now, then in zip(("torch's", "Python's", "NumPy's"), after, before, strict=False):
         if now != then:
             raise broken(f"{what} global random state", "randomness must come from a generator that the caller passes")
@@ -27,19 +29,26 @@ def nothing_global_changes(broken: Any) -> Iterator[None]:
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Global random states set from `seed` inside the block, and put back after it."""
+    with global_state_kept():
+        _seed(seed)
+        yield
+
+
+@contextmanager
+def global_state_kept() -> Iterator[None]:
+    """Puts global random states, grad mode and the default dtype back after the block."""
     numpy = sys.modules.get("numpy")
     states = torch.get_rng_state(), random.getstate(), numpy.random.get_state() if numpy else None
+    grad_mode, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
     try:
-        torch.manual_seed(seed)
-        random.seed(seed)
-        if numpy:
-            numpy.random.seed(seed)
         yield
     finally:
         torch.set_rng_state(states[0])
         random.setstate(states[1])
         if numpy:
             numpy.random.set_state(states[2])
+        torch.set_grad_enabled(grad_mode)
+        torch.set_default_dtype(dtype)
 
 
 def first_change(now: dict[str, Tensor], then: dict[str, Tensor]) -> str | None:
@@ -47,6 +56,16 @@ def first_change(now: dict[str, Tensor], then: dict[str, Tensor]) -> str | None:
     if list(now) != list(then):
         return "its keys"
     return next((f"[{k!r}]" for k in then if not torch.equal(now[k].detach(), then[k].detach())), None)
+
+
+_UNUSUAL = 1_618_033_988
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(seed)
 
 
 def _environment() -> tuple[Any, ...]:

@@ -14,7 +14,8 @@ import torch
 from hypothesis import HealthCheck, Phase, Verbosity, configuration, strategies
 from torch import Tensor
 
-from lissa import tree
+from lissa import checks, tree
+from lissa.testing.environment import global_state_kept
 from lissa.types import Params
 
 MAX_SHRINKS = 100
@@ -89,15 +90,22 @@ class Law(NamedTuple):
             max_examples: Cases to try.
             seed: The same seed tries the same cases.
         """
+        checks.count("Law.check", "max_examples", max_examples)
+        _require_callable(implementation)
         kept: set[str] = set()
         for make in _makers(self.cases, max_examples, seed):
             case = make()
             try:
-                self.holds(implementation, case)
+                self.on(implementation, case)
             except LawBroken as error:
                 smallest = self._smallest(implementation, kept, {repr(case): error}, max_examples, seed)
                 raise (smallest or error).with_traceback(None) from None
             kept.add(repr(case))
+
+    def on(self, implementation: Any, case: Any) -> None:
+        """The law on one case; whatever the implementation does to global states is undone."""
+        with global_state_kept():
+            self.holds(implementation, case)
 
     def _smallest(
         self, implementation: Any, kept: set[str], broken: dict[str, LawBroken], max_examples: int, seed: int
@@ -115,7 +123,7 @@ class Law(NamedTuple):
                 if tried > MAX_SHRINKS:
                     return
                 try:
-                    self.holds(implementation, case)
+                    self.on(implementation, case)
                 except LawBroken as error:
                     broken[name] = error
                 else:
@@ -148,7 +156,7 @@ def check_laws(laws: tuple[Law, ...], implementation: Any, *, case: Any, max_exa
         if case is None:
             law.check(implementation, max_examples=max_examples, seed=seed)
         else:
-            law.holds(implementation, case)
+            law.on(implementation, case)
     return Checked(tuple(law.name for law in laws), max_examples if case is None else 1)
 
 
@@ -187,12 +195,21 @@ def run(law: Callable[..., None], case: Any, fn: Callable[[], Any]) -> Any:
     except LawBroken:
         raise
     except Exception as error:
-        cause = _cause_of_exception(str(error))
+        cause = _cause_of_exception(law, error, case)
         reason = f"the implementation raised {type(error).__name__}: {error}"
         raise LawBroken(law, reason, got=type(error).__name__, expected="a result", cause=cause, case=case) from error
+    except BaseException as error:  # Ctrl-C, where the implementation does not come back
+        if hasattr(error, "add_note"):  # from Python 3.11
+            error.add_note(  # type: ignore
+                f"in the implementation, called by the law '{law_name(law)}' on {case!r}"
+            )
+        raise
 
 
-def _cause_of_exception(message: str) -> str:
+def _cause_of_exception(law: Callable[..., None], error: Exception, case: Any) -> str:
+    message = str(error)
+    if isinstance(error, TypeError) and "argument" in message and "()" in message:
+        return f"another signature: `lissa.testing.{law.__module__.rpartition('.')[2]}` says how it is called"
     if "does not require grad" in message or "not have been used in the graph" in message:
         return (
             "a parameter that the loss does not use, or is linear in, has no second derivative to follow: its row of "
@@ -200,9 +217,16 @@ def _cause_of_exception(message: str) -> str:
         )
     if "modified by an inplace operation" in message:
         return "an argument or an intermediate result is changed in place"
+    if getattr(case, "batch_size", 1) == 0:
+        return "a batch of no example, whose loss is 0: divide by max(B, 1); or pass min_batch_size=1 if it is illegal"
     if "must match the size" in message or "shape" in message or "dtype" in message:
         return "a shape or a dtype is taken for granted: look at scalars, batches of size 0 and 1, and float32"
     return ""
+
+
+def _require_callable(implementation: Any) -> None:
+    if not callable(implementation):
+        raise TypeError(f"The implementation under test must be callable, got {type(implementation).__name__}.")
 
 
 @functools.lru_cache(maxsize=32)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lissa import checks
 from lissa.types import ExampleLossFn, LossFn, OutputFn, OutputLossFn, Params
 
 MODELS = ("linear", "scalar", "mlp", "tied", "lookup", "residual")
@@ -146,6 +147,14 @@ def make_problem(
         torch.Size([4])
     """
     recipe = {k: v for k, v in locals().items() if k == "seed" or v != _DEFAULTS.get(k)}
+    for name, value, choices in (
+        ("model", model, MODELS),
+        ("loss", loss, LOSSES),
+        ("activation", activation, tuple(ACTIVATIONS)),
+        ("curvature", curvature, CURVATURES),
+        ("accuracy", accuracy, ACCURACIES),
+    ):
+        checks.one_of("make_problem", name, value, choices)
     g = torch.Generator().manual_seed(seed)
     if model in ("scalar", "tied"):
         outputs = features

@@ -29,7 +29,7 @@ Product = Callable[..., Params]
 
 
 def form(product: Product, problem: Problem) -> None:
-    """`C v` has the keys, shapes, dtypes and devices of `params`, for every legal problem: exact, no tolerance."""
+    """`C v` has the keys, shapes, dtypes and devices of `params` and is finite, for every legal problem: exact."""
     product_of(form, product, problem, problem.v)
 
 
@@ -291,18 +291,23 @@ def difference_of_gradients(product: Product, problem: Problem) -> None:
 
 
 def dense_agreement(product: Product, problem: Problem) -> None:
-    """`C v` is the dense matrix times v, within `tol(v)`; the matrix is built entry by entry in float64."""
-    got = product_of(dense_agreement, product, problem, problem.v)
-    expected = dense_product(problem, problem.v)
-    tolerance = product_tolerance(problem, problem.v)
+    """`C v` is the dense matrix times v, within `tol(v)`; the matrix is built entry by entry in float64.
+
+    Taken at a third of the parameters and of v: numbers that use every bit of their dtype, so that an input rounded to
+    a shorter one shows.
+    """
+    third = problem._replace(params=tree.scale(1 / 3, problem.params), v=tree.scale(1 / 3, problem.v))
+    got = product_of(dense_agreement, product, third, third.v)
+    expected = dense_product(third, third.v)
+    tolerance = product_tolerance(third, third.v)
     require_close(
         dense_agreement,
         got,
         expected,
         tolerance,
-        what="C v is not the dense matrix times v",
+        what="C v is not the dense matrix times v, at a third of the case's parameters and of its v",
         case=problem,
-        cause=lambda: cause_of_product(problem, problem.v, got, expected, tolerance),
+        cause=lambda: cause_of_product(third, third.v, got, expected, tolerance),
     )
 
 

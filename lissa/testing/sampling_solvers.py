@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lissa import tree
+from lissa.testing.answers import require_form
 from lissa.testing.environment import nothing_global_changes
 from lissa.testing.law import LawBroken, require_close, run
 from lissa.testing.operators import Samples
@@ -43,13 +44,17 @@ def batch_size(solve: SamplingSolver, samples: Samples) -> None:
     sizes: set[int] = set()
     _apply(batch_size, solve, samples, watch=lambda rows: sizes.add(len(rows)))
     if sizes != {samples.batch_size}:
-        swapped = sizes == {samples.repeats}
+        cause = "batches are cut in another place"
+        if not sizes:
+            cause = "no product was taken at all"
+        elif sizes == {samples.repeats}:
+            cause = "repeats and batch_size are swapped"
         raise LawBroken(
             batch_size,
             f"batch_size={samples.batch_size} and repeats={samples.repeats} were asked for",
             got=f"batches of {sorted(sizes)}",
             expected=f"batches of {samples.batch_size}",
-            cause="repeats and batch_size are swapped" if swapped else "batches are cut in another place",
+            cause=cause,
             case=samples,
         )
 
@@ -127,13 +132,12 @@ def _apply(
         )
         return getattr(result, "value", result)
 
+    like = dict(samples.v)
     x = run(law, samples, call)
-    if not isinstance(x, dict) or any(x.get(k) is None or x[k].shape != t.shape for k, t in samples.v.items()):
-        cause = "return x, or a result whose .value is x, as a dict with the keys of v"
-        raise LawBroken(law, "the solution has other keys or shapes", got=x, cause=cause, case=samples)
+    require_form(law, x, like, samples, "x", "x itself, or a result whose .value is x")
     if not all(t.isfinite().all() for t in x.values()):
         raise LawBroken(law, "x is not finite", got=x, cause="steps that are too long", case=samples)
-    return {k: x[k].detach() for k in samples.v}
+    return {k: x[k].detach() for k in like}
 
 
 def _cause(samples: Samples, x: Params) -> str:

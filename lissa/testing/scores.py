@@ -21,7 +21,7 @@ Scores = Callable[..., Tensor]
 
 
 def form(scores: Scores, problem: Problem) -> None:
-    """Scores have shape `(B,)` and the dtype of the parameters: exact."""
+    """Scores have shape `(B,)` and the dtype of the parameters, and are finite: exact."""
     _apply(form, scores, problem, problem.v)
 
 
@@ -228,6 +228,9 @@ def _apply(law: Callable[..., None], scores: Scores, problem: Problem, ihvp: Par
         what = (tuple(got.shape), got.dtype) if isinstance(got, Tensor) else type(got).__name__
         cause = "return one score per example, in the dtype of the parameters"
         raise LawBroken(law, "another form", got=what, expected=(shape, problem.dtype), cause=cause, case=problem)
+    if not got.isfinite().all():
+        cause = "0/0, or an operation without a finite derivative: the exact scores are finite"
+        raise LawBroken(law, "a score is not finite", got=got, cause=cause, case=problem)
     return got.detach()
 
 
