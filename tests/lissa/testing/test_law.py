@@ -109,6 +109,86 @@ def test_one_call_checks_each_kind(check, implementation, law):
     assert broken.value.law == law
 
 
+def test_a_case_that_was_changed_is_new_for_the_next_one():
+    def in_place(loss_fn, params, batch, v):
+        product = lissa.hvp(loss_fn, params, batch, v)
+        with torch.no_grad():
+            next(iter(params.values())).add_(1.0)
+        return product
+
+    def entries(problem):
+        return [t.tolist() for t in problem.params.values()]
+
+    law = product_laws()[0]
+    law.check(in_place, max_examples=10)
+    seen = []
+    law._replace(holds=lambda _, case: seen.append(entries(case) == entries(case.maker()))).check(lissa.hvp)
+    assert all(seen)
+
+
+def test_a_fault_that_does_not_come_back_is_reported_all_the_same():
+    calls = 0
+
+    def wrong_once(loss_fn, params, batch, v):
+        nonlocal calls
+        calls += 1
+        return doubled(loss_fn, params, batch, v) if calls == 40 else lissa.hvp(loss_fn, params, batch, v)
+
+    law = next(law for law in product_laws() if law.name == "dense agreement")
+    with pytest.raises(LawBroken, match="dense agreement"):
+        law.check(wrong_once)
+
+
+def test_a_check_leaves_global_states_as_they_were():
+    def careless(loss_fn, params, batch, v):
+        product = lissa.hvp(loss_fn, params, batch, v)
+        torch.manual_seed(7)
+        torch.set_grad_enabled(False)
+        torch.set_default_dtype(torch.float64)
+        return product
+
+    before = torch.get_rng_state()
+    assert broken_by(careless).law == "purity"
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.is_grad_enabled()
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_an_endless_loop_can_be_told_from_its_interrupt():
+    def endless(loss_fn, params, batch, v):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        check_hvp(endless)
+    if hasattr(interrupt.value, "add_note"):
+        assert "'form' on make_problem(" in interrupt.value.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    ("fails", "cause"),
+    [
+        (lambda params, v: v, "products` says how it is called"),
+        (lambda loss_fn, params, batch, v: 1 / len(batch["y"]), "min_batch_size=1"),
+    ],
+)
+def test_the_cause_of_an_exception_is_named(fails, cause):
+    assert cause in broken_by(fails).cause
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"hvp": 3}, TypeError, "must be callable"),
+        ({"curvature": "hesian"}, ValueError, "curvature"),
+        ({"accuracy": "exact"}, ValueError, "accuracy"),
+        ({"max_examples": 0}, ValueError, "max_examples"),
+    ],
+)
+def test_bad_arguments_are_not_the_implementations_fault(arguments, error, words):
+    with pytest.raises(error, match=words):
+        check_hvp(**{"hvp": lissa.hvp} | arguments)
+
+
 def run(code, directory):
     return subprocess.run(
         [sys.executable, "-c", code],
