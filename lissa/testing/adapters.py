@@ -35,7 +35,20 @@ def of_autograd_functional(function: Callable[..., Any] = torch.autograd.functio
 
 
 def of_double_backward(function: Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]) -> Hvp:
-    """`function(loss, params, vectors) -> products` on a loss whose graph is still there, as AllenNLP's `get_hvp`."""
+    """`function(loss, params, vectors) -> products` on a loss whose graph is still there, as AllenNLP's `get_hvp`.
+
+    Example:
+        >>> from lissa.testing import check_hvp
+        >>> def backward_twice(loss, params, vectors):
+        ...     keep = {"create_graph": True, "materialize_grads": True}
+        ...     grads = torch.autograd.grad(loss, params, **keep)
+        ...     inner = sum((g * v).sum() for g, v in zip(grads, vectors))
+        ...     if not inner.requires_grad:  # linear in every parameter
+        ...         return [torch.zeros_like(p) for p in params]
+        ...     return torch.autograd.grad(inner, params, materialize_grads=True)
+        >>> check_hvp(of_double_backward(backward_twice), max_examples=2).laws[0]
+        'form'
+    """
 
     def hvp(loss_fn: LossFn, params: Params, batch: Batch, v: Params) -> Params:
         leaves = tree.map(lambda p: p.detach().clone().requires_grad_(), params)
@@ -46,7 +59,15 @@ def of_double_backward(function: Callable[[Tensor, Sequence[Tensor], Sequence[Te
 
 
 def of_flat(function: Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]) -> Hvp:
-    """`function(loss_of_flat, flat_params, flat_v) -> flat_product`, for libraries that know one vector."""
+    """`function(loss_of_flat, flat_params, flat_v) -> flat_product`, for libraries that know one vector.
+
+    Example:
+        >>> from lissa.testing import check_hvp
+        >>> def flat_hvp(loss, x, v):
+        ...     return torch.func.jvp(torch.func.grad(loss), (x,), (v,))[1]
+        >>> check_hvp(of_flat(flat_hvp), max_examples=2).laws[0]
+        'form'
+    """
 
     def hvp(loss_fn: LossFn, params: Params, batch: Batch, v: Params) -> Params:
         def loss(flat: Tensor) -> Tensor:
@@ -59,7 +80,10 @@ def of_flat(function: Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Ten
 
 
 def of_curvlinops(operator: Callable[..., Any] | None = None) -> Hvp:
-    """`curvlinops`' `HessianLinearOperator` (default), or another operator class of its signature. Needs curvlinops."""
+    """`curvlinops`' `HessianLinearOperator` (default), or another operator class of its signature. Needs curvlinops.
+
+    `check_hvp(of_curvlinops(), min_batch_size=1)`; version 3.0.1 fails on parameters that the loss does not use.
+    """
     make: Any = operator
     if make is None:
         import curvlinops  # type: ignore

@@ -214,6 +214,14 @@ def check_sampling_solver(
 
     Raises:
         LawBroken: An AssertionError with the law, the smallest data set as code, got, expected and the likely cause.
+
+    Example:
+        >>> from lissa import solve_lissa, tree
+        >>> def solve(matvec, v, data, *, damping, batch_size, repeats):
+        ...     batches = list(data.split(batch_size)) * 400  # not at random: each row as often as any other
+        ...     return solve_lissa(matvec, v, batches, damping=damping, scale=40.0, average_after=len(batches) // 2)
+        >>> check_sampling_solver(solve, max_examples=2).laws[-1]
+        'inverse of the mean'
     """
     laws = sampling_solver_laws(rtol=rtol, exact_rtol=exact_rtol)
     return check_laws(laws, solve, case=samples, max_examples=max_examples, seed=seed)

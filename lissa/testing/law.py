@@ -72,7 +72,7 @@ class Law(NamedTuple):
     Attributes:
         name: In words.
         holds: `holds(implementation, case)` raises `LawBroken` if the law is broken on this case.
-        cases: A Hypothesis strategy.
+        cases: A Hypothesis strategy. A case with a `maker` is built anew by it for each implementation.
     """
 
     name: str

@@ -32,6 +32,16 @@ def problems(
 
     Among them: batches of none and of one, padded sequences, a single scalar, parameters that the loss does not use or
     is linear in.
+
+    Example:
+        >>> from hypothesis import given, settings
+        >>> from lissa import hvp
+        >>> from lissa.testing import products
+        >>> @settings(max_examples=3)
+        ... @given(problem=problems(dtypes=(torch.float64,), max_batch_size=3))
+        ... def test_symmetry(problem):
+        ...     products.symmetry(hvp, problem)
+        >>> test_symmetry()
     """
 
     @st.composite
