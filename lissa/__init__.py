@@ -5,6 +5,7 @@ Pure functions on `torch.func`. Damping is in the units of the Hessian: `solve_*
 
 from lissa import checks, tree
 from lissa.curvature import fvp, ggnvp, linearised_hvp
+from lissa.dual import DualInfluence, dual_influence, output_gram
 from lissa.hvp import (
     choose_mode,
     hvp,
@@ -34,6 +35,7 @@ from lissa.uncertainty import ScoreInterval, score_bound, score_interval, settle
 __all__ = [
     "Batch",
     "BatchMatvec",
+    "DualInfluence",
     "ExampleLossFn",
     "LissaRun",
     "LissaState",
@@ -55,6 +57,7 @@ __all__ = [
     "compiled",
     "dense_matrix",
     "diagonal_preconditioner",
+    "dual_influence",
     "estimate_spectrum",
     "fvp",
     "ggnvp",
@@ -74,6 +77,7 @@ __all__ = [
     "lissa_update",
     "mean_matvec",
     "nystroem_preconditioner",
+    "output_gram",
     "per_example_gradients",
     "ranking_init",
     "ranking_update",
