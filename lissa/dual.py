@@ -54,6 +54,7 @@ def dual_influence(
     test: Sequence[Batch] | None = None,
     *,
     damping: float,
+    gram: Tensor | None = None,
     most_rows: int = MOST_ROWS,
 ) -> DualInfluence:
     """`score_ti = + grad_i . (G + damping I)^-1 grad_t` for all i and t, with the Gauss-Newton matrix G of `train`.
@@ -70,6 +71,7 @@ def dual_influence(
         train: Batches that hold each training example once. Lengths may differ from batch to batch, so sort by length.
         test: Batches of test examples; where they are left out, the training examples are the test examples.
         damping: In the units of G; must be > 0.
+        gram: `output_gram(output_fn, params, train)` where it is there already, for another damping or other tests.
         most_rows: Bounds the memory.
 
     Returns:
@@ -100,15 +102,17 @@ def dual_influence(
             raise ValueError(f"`dual_influence({name}=...)` must hold at least one batch, got none.")
 
     with twice_differentiable():
-        K = output_gram(output_fn, params, train, most_rows=most_rows)
         slopes, L = _output_derivatives(output_fn, output_loss_fn, params, train)
+        n, m = slopes.shape
+        if gram is not None and gram.shape != (n * m, n * m):
+            raise ValueError(f"`dual_influence(gram=...)` must have shape {(n * m, n * m)}, got {tuple(gram.shape)}.")
+        K = output_gram(output_fn, params, train, most_rows=most_rows) if gram is None else gram.double()
         if test is None:
-            cross, test_slopes, own = K, slopes, _diagonal_blocks(K, slopes.shape[1])
+            cross, test_slopes, own = K, slopes, _diagonal_blocks(K, m)
         else:
+            test_slopes, _ = _output_derivatives(output_fn, output_loss_fn, params, test)
             cross = output_gram(output_fn, params, test, train, most_rows=most_rows)
-            test_slopes = _output_derivatives(output_fn, output_loss_fn, params, test)[0]
             own = torch.cat([_own_gram(output_fn, params, batch) for batch in test])
-    n, m = slopes.shape
     A = _times_blocks(_times_blocks(K, L).mT, L).mT  # L^T K L
     shifted = A + n * damping * torch.eye(n * m, dtype=A.dtype, device=A.device)
     factor, info = torch.linalg.cholesky_ex(shifted)

@@ -115,10 +115,20 @@ def test_float32_parameters_lose_what_the_docstring_says():
     assert relative_error(got.scores, exact.scores) <= 10 * torch.finfo(torch.float32).eps * largest / DAMPING
 
 
+def test_a_gram_matrix_serves_again():
+    problem = PROBLEMS["MLP"]
+    batches = split(problem.batch, 4, 5)
+    gram = output_gram(problem.output_fn, problem.params, batches)
+    for damping in (0.01, 1.0):
+        again = solve(problem, batches, batches[:1], damping=damping, gram=gram)
+        assert relative_error(again.scores, solve(problem, batches, batches[:1], damping=damping).scores) <= 1e-12
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         ({"damping": 0.0}, "`dual_influence(damping=...)` must be > 0"),
+        ({"gram": torch.eye(3)}, "`dual_influence(gram=...)` must have shape (27, 27), got (3, 3)"),
         ({"train": []}, "`dual_influence(train=...)` must hold at least one batch"),
         ({"test": []}, "`dual_influence(test=...)` must hold at least one batch"),
         ({"output_fn": lambda p, b: b[0].sum(1)}, "must return one row per example, shape (B, m), got shape"),
