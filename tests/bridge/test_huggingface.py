@@ -229,6 +229,33 @@ def test_self_and_check_take_the_same_directory(saved, fast_ways_only, capsys):
     assert "No reason was found to distrust" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("break_it", "says"),
+    [
+        (lambda path: path.unlink(), "train.csv: there is no such file."),
+        (lambda path: path.write_text(""), "train.csv: the file is empty."),
+        (lambda path: path.write_text("text,label\n"), "train.csv: there is a header, but no row."),
+        (
+            lambda path: path.write_text("texts,label\na film,good\n"),
+            "train.csv: there is no column 'text' (--text-column); there are 'texts', 'label'. Did you mean 'texts'?",
+        ),
+    ],
+    ids=["missing", "empty", "header only", "wrong column"],
+)
+def test_a_file_that_cannot_be_used_is_named_and_nothing_is_computed(saved, capsys, break_it, says):
+    break_it(saved / "train.csv")
+    assert main(arguments(saved)) == 3
+    assert f"{saved}/{says}" in capsys.readouterr().err
+    assert not (saved / "out" / "influence.csv").exists()
+
+
+def test_k_larger_than_the_data_ranks_all_of_it(saved, capsys):
+    assert main([*arguments(saved), "--k", "500"]) == 0
+    assert f"k = 500 is more than the {N} training examples: all are ranked" in capsys.readouterr().err
+    rows = list(csv.DictReader((saved / "out" / "influence.csv").read_text().splitlines()))
+    assert len(rows) == T * 2 * N
+
+
 def test_one_bad_label_in_line_7_is_named_and_nothing_is_computed(saved, capsys):
     with_line(saved, 7, "a film,goood")
     assert main(arguments(saved)) == 3

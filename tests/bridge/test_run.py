@@ -2,14 +2,19 @@
 
 import csv
 import json
+import os
 import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.data import TensorDataset
 
+import bridge
 from bridge import job, run
 from bridge.cli import main
 from bridge.files import InputError, read
@@ -178,6 +183,45 @@ def test_ctrl_c_keeps_what_is_done_and_names_it(tmp_path, module, capsys, monkey
     assert f"Kept: the results of 4 of 5 test examples, in {partial}" in capsys.readouterr().err
     assert {row["test_index"] for row in csv.DictReader(partial.read_text().splitlines())} == set("0123")
     assert not (tmp_path / "influence.csv").exists()
+
+
+WAITING_JOB = """
+import time, torch
+from torch.utils.data import TensorDataset
+
+class Waiting(TensorDataset):
+    def __getitem__(self, i):
+        if i == 20:  # in the second group
+            time.sleep(60)
+        return super().__getitem__(i)
+
+def job():
+    x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    y = (x[:, 0] > 0).long()
+    return {"model": torch.nn.Linear(3, 2), "train_dataset": TensorDataset(x, y), "test_dataset": Waiting(x, y),
+            "loss_fn": torch.nn.functional.cross_entropy}
+"""
+
+
+def test_a_signal_to_the_command_itself_keeps_what_is_done(tmp_path):
+    (tmp_path / "waiting.py").write_text(WAITING_JOB)
+    command = [sys.executable, "-m", "bridge", "run", "--model", "waiting:job", "--out", "out", *EXACT]
+    path = [str(Path(bridge.__file__).parent.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
+    partial = tmp_path / "out" / "influence.partial.csv"
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 100
+        while not (partial.exists() and len(partial.read_text().splitlines()) > 1):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        told = process.communicate(timeout=30)[1]
+    assert process.returncode == 130
+    assert "Kept: the results of 16 of 40 test examples, in out/influence.partial.csv" in told
+    assert "Traceback" not in told
+    rows = list(csv.DictReader(partial.read_text().splitlines()))
+    assert {int(row["test_index"]) for row in rows} == set(range(16))
 
 
 @pytest.mark.parametrize(
