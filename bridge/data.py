@@ -7,7 +7,7 @@ tensors and numbers, or an `(x, y)` pair. Knows nothing of models, losses or inf
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -18,6 +18,7 @@ from torch.utils.data import default_collate
 from bridge import progress
 from lissa import Batch, checks
 
+T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 CollateFn = Callable[[list[Any]], Batch]
@@ -284,8 +285,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 def stacked_alike(batches: Iterable[tuple[int, Batch]], size: int) -> Iterator[tuple[list[int], Batch]]:
     """Groups batches of the same shapes and stacks them: tensors `(*shape)` become `(B, *shape)`, `B <= size`.
 
-    Nothing is padded, so each row is the batch it was. Groups wait until they are full; if instances of many different
-    shapes wait, all groups are given out, so memory stays bounded.
+    Nothing is padded, so each row is the batch it was. See `grouped`.
 
     Args:
         batches: Each with its number.
@@ -299,25 +299,41 @@ def stacked_alike(batches: Iterable[tuple[int, Batch]], size: int) -> Iterator[t
         >>> [(numbers, tuple(stack.shape)) for numbers, stack in stacked_alike(batches, 2)]
         [([0, 2], (2, 1, 2)), ([1], (1, 1, 3))]
     """
-    groups: dict[Any, list[tuple[int, Batch]]] = {}
+    for group in grouped(((_shapes(batch), (number, batch)) for number, batch in batches), size):
+        yield _stack(group)
+
+
+def grouped(items: Iterable[tuple[Hashable, T]], size: int) -> Iterator[list[T]]:
+    """Items of the same key, in lists of at most `size`.
+
+    Groups wait until they are full; if items of many different keys wait, all groups are given out, so memory stays
+    bounded.
+
+    Args:
+        items: Each after its key.
+        size: Largest group.
+
+    Example:
+        >>> list(grouped([("a", 1), ("b", 2), ("a", 3), ("a", 4)], 2))
+        [[1, 3], [2], [4]]
+    """
+    groups: dict[Hashable, list[T]] = {}
     waiting = 0
-    for number, batch in batches:
-        key = _shapes(batch)
+    for key, item in items:
         group = groups.setdefault(key, [])
-        group.append((number, batch))
+        group.append(item)
         waiting += 1
         full = [key] if len(group) == size else list(groups) if waiting >= _MOST_WAITING * size else []
         for done in full:
             waiting -= len(groups[done])
-            yield _stack(groups.pop(done))
-    for group in groups.values():
-        yield _stack(group)
+            yield groups.pop(done)
+    yield from groups.values()
 
 
 _MOST_WAITING = 8
 
 
-def _shapes(batch: Batch) -> Any:
+def _shapes(batch: Batch) -> Hashable:
     """What two batches must share to be stacked. Leaves that are not tensors must be the same plain value."""
     leaves, structure = pytree.tree_flatten(batch)
     shapes = []

@@ -146,10 +146,14 @@ def example_losses(loss_fn: LossFn) -> ExampleLossFn:
     """
 
     def of_rows(params: Params, stack: Batch) -> Tensor:
-        in_dims = pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, stack)
-        return torch.vmap(loss_fn, in_dims=(None, in_dims))(params, stack)
+        return torch.vmap(loss_fn, in_dims=(None, rows_of(stack)))(params, stack)
 
     return of_rows
+
+
+def rows_of(stack: Batch) -> Any:
+    """`in_dims` of `torch.vmap` for a function of one row of a stack."""
+    return pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, stack)
 
 
 def loss_and_gradient(loss_fn: LossFn, params: Params, batch: Batch) -> tuple[Tensor, Params]:

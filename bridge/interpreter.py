@@ -26,6 +26,7 @@ from bridge.data import (
 )
 from bridge.functional import OutputLoss, evaluation, functional, unused
 from bridge.outputs import BothEnds, InstanceInfluence, InstanceWithGrads, InterpretOutput
+from bridge.rows import Rows
 from bridge.session import Session, check_finite
 from lissa import Params, checks, ranking_init, ranking_update, tree
 
@@ -100,7 +101,10 @@ class InfluenceInterpreter(FromArchive):
         self._test_loader = test_data_loader
         self._used_names: list[str] | None = None
         self._scan_batch_size = 1
-        self._train = self._read(train_data_loader, train_dataset_reader, train_data_path)
+        self._rows = partial(
+            Rows, collate=self._collate, device=self.device, vocab=self.vocab, pads=collate_fn is not None
+        )
+        self._train = self._rows(self._read(train_data_loader, train_dataset_reader, train_data_path))
         if not len(self._train):
             raise ValueError(f"`{call}`: no training instances in {_shown(train_data_path)}.")
 
@@ -138,9 +142,9 @@ class InfluenceInterpreter(FromArchive):
         """All scores, shape `(T, n)`: a row for each test instance, a column for each training instance, on the CPU."""
         tests = self._listed("scores", test_instances)
         with self._session() as session:
-            session.losses("test", tests, range(len(tests)))
+            self._train.gather()
             blocks = []
-            for ihvps in self._solved(session, tests):
+            for _, ihvps in self._solved(session, tests):
                 block = torch.zeros(strategies.length(ihvps), len(self._train))
                 for indices, scores in self._train_scores(session, ihvps):
                     block = block.to(scores.dtype)
@@ -152,9 +156,8 @@ class InfluenceInterpreter(FromArchive):
         """`(H + damping I)^-1 grad_test` of each test instance, stacked: tensors of shape `(T, *shape)`."""
         tests = self._listed("inverse_hvps", test_instances)
         with self._session() as session:
-            session.losses("test", tests, range(len(tests)))
             none = {name: p.new_zeros(0, *p.shape) for name, p in session.model.params.items()}
-            groups = [none, *self._solved(session, tests)]
+            groups = [none, *(ihvps for _, ihvps in self._solved(session, tests))]
         return {name: torch.cat([group[name] for group in groups]) for name in none}
 
     def self_influence(self) -> Tensor:
@@ -169,12 +172,13 @@ class InfluenceInterpreter(FromArchive):
         """
         found: dict[int, float] = {}
         with self._session() as session:
+            self._train.gather()
             solve = self._solver(session)
-            gradients = strategies.gradients(session.model)
+            gradients = strategies.losses_and_gradients(session.model)
             size = min(SELF_BATCH_SIZE, self._vectors_at_once(session))
             for indices, stack in session.examples(self._train, size=size, description="self-influence"):
                 with session.naming("training", self._train, indices):
-                    vectors = gradients(stack)
+                    vectors = gradients(stack)[1]
                 found |= zip(indices, torch.vmap(tree.vdot)(vectors, solve(vectors)).tolist(), strict=True)
             self._close(session)
         dtype = next(iter(session.model.params.values())).dtype
@@ -226,7 +230,7 @@ class InfluenceInterpreter(FromArchive):
         for start in range(0, len(self._train), self._scan_batch_size):
             indices = range(start, min(start + self._scan_batch_size, len(self._train)))
             with session.naming("training", self._train, indices):
-                unseen = unused(session.model, unseen, session.batch([self._train[i] for i in indices]))
+                unseen = unused(session.model, unseen, session.batch(self._train, indices))
             if not unseen:
                 break
         return [name for name in session.model.params if name not in unseen]
@@ -249,17 +253,19 @@ class InfluenceInterpreter(FromArchive):
     def _both_ends(self, call: str, test_instances: Iterable[Any], k: int) -> list[BothEnds]:
         checks.count(call, "k", k, at_least=0)
         tests = self._listed(call, test_instances)
-        if not tests:
+        if not len(tests):
             return []
         with self._session() as session:
-            test_losses = session.losses("test", tests, range(len(tests)))
+            self._train.gather()
+            test_losses: list[float] = []
             helpful: list[list[tuple[int, float]]] = []
             harmful: list[list[tuple[int, float]]] = []
-            for ihvps in self._solved(session, tests):
+            for losses, ihvps in self._solved(session, tests):
                 ranking = None
                 for indices, scores in self._train_scores(session, ihvps):
                     ranking = ranking or ranking_init(scores, k)
                     ranking = ranking_update(ranking, scores, torch.tensor(indices, device=scores.device), k=k)
+                test_losses += losses.tolist()
                 if ranking is not None:
                     helpful += _pairs(ranking.helpful_indices, ranking.helpful_scores)
                     harmful += _pairs(ranking.harmful_indices, ranking.harmful_scores)
@@ -271,14 +277,17 @@ class InfluenceInterpreter(FromArchive):
 
         return [BothEnds(test, test_losses[t], named(helpful[t]), named(harmful[t])) for t, test in enumerate(tests)]
 
-    def _solved(self, session: Session, tests: list[Any]) -> Iterator[Params]:
-        """Solutions for the test gradients, stacked, a group of test instances at a time."""
-        solve = self._solver(session)
+    def _solved(self, session: Session, tests: Rows) -> Iterator[tuple[Tensor, Params]]:
+        """Test losses, and solutions for the test gradients, stacked: a group of test instances at a time."""
         size = self._vectors_at_once(session)
+        if len(tests) > size:  # a mistake in a later group must not wait for the first to be solved
+            session.losses("test", tests, range(len(tests)))
+        solve = None
         for start in range(0, len(tests), size):
-            group = range(start, min(start + size, len(tests)))
-            yield solve(strategies.stack_vectors([session.loss_and_gradient("test", tests, t)[1] for t in group]))
-        if tests:
+            losses, gradients = session.gradients("test", tests, range(start, min(start + size, len(tests))))
+            solve = solve or self._solver(session)
+            yield losses, solve(gradients)
+        if len(tests):
             self._close(session)
 
     @contextmanager
@@ -316,11 +325,11 @@ class InfluenceInterpreter(FromArchive):
             loader.index_with(self.vocab)
         return loader.instances if isinstance(loader, SimpleDataLoader) else list(loader.iter_instances())
 
-    def _listed(self, call: str, test_instances: Any) -> list[Any]:
+    def _listed(self, call: str, test_instances: Any) -> Rows:
         check_dataset(call, "test_instances", test_instances)
         if is_sequence(test_instances):
-            return [test_instances[i] for i in range(len(test_instances))]
-        return list(test_instances)
+            return self._rows([test_instances[i] for i in range(len(test_instances))])
+        return self._rows(list(test_instances))
 
 
 def _pairs(indices: Tensor, scores: Tensor) -> list[list[tuple[int, float]]]:

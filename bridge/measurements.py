@@ -13,18 +13,24 @@ from torch import Tensor
 from bridge import progress, strategies
 from bridge.session import Session
 from lissa import Params, estimate_spectrum, hvp, tree
+from lissa.stacked import norms as stacked_norms
 
 SAMPLE = 64
 """Training instances that the largest eigenvalue and the correlation are measured on: for a warning, two digits do."""
 
 
 def relative_residuals(
-    session: Session, train: Sequence[Any], damping: float, vectors: Params, ihvps: Params, *, size: int
+    session: Session, train: Sequence[Any], damping: float, vectors: Params, ihvps: Params, *, size: int, count: int
 ) -> Tensor:
-    """`|v - (H + damping I) x| / |v|` on all training data for K stacked vectors, shape `(K,)`; 0 where v is 0."""
+    """`|v - (H + damping I) x| / |v|` on all training data for K stacked vectors, shape `(K,)`; 0 where v is 0.
+
+    Only the first `count` are measured; the others are NaN.
+    """
+    found = torch.full_like(stacked_norms(vectors), torch.nan)
+    vectors, ihvps = (tree.map(lambda t: t[:count], x) for x in (vectors, ihvps))
     damped = tree.add_scaled(_product(session, train, ihvps, size), damping, ihvps)
-    lengths = torch.vmap(tree.norm)(vectors)
-    return (torch.vmap(tree.norm)(tree.sub(vectors, damped)) / lengths).nan_to_num(0.0)
+    found[:count] = (stacked_norms(tree.sub(vectors, damped)) / stacked_norms(vectors)).nan_to_num(0.0)
+    return found
 
 
 def cosines(vectors: Params, ihvps: Params) -> Tensor:
@@ -36,7 +42,7 @@ def cosines(vectors: Params, ihvps: Params) -> Tensor:
 def largest_eigenvalue(session: Session, train: Sequence[Any], *, seed: int) -> float:
     """The largest eigenvalue of the Hessian on a sample of the training data, from below, by ten products."""
     chosen = _sample(len(train), seed)
-    batch = session.batch([train[i] for i in chosen])
+    batch = session.batch(train, chosen)
     matvec = partial(hvp, session.model.loss_fn, session.model.params, batch)
     generator = torch.Generator().manual_seed(seed)
     return float(estimate_spectrum(matvec, session.model.params, generator=generator, steps=8, probes=2).largest)
@@ -49,10 +55,12 @@ def correlations(
 
     NaN where the sample's scores do not vary.
     """
-    chosen = [train[i] for i in _sample(len(train), seed)]
+    chosen = _sample(len(train), seed)
     score = strategies.scores(session.model)
     both = tree.map(lambda v, x: torch.cat([v, x]), vectors, ihvps)
-    parts = [score(both, stack) for _, stack in session.examples(chosen, size=size, description="sampling")]
+    parts = [
+        score(both, stack) for _, stack in session.examples(train, size=size, description="sampling", chosen=chosen)
+    ]
     plain, scores = torch.cat(parts, dim=1).double().chunk(2)
     plain, scores = (s - s.mean(1, keepdim=True) for s in (plain, scores))
     return (plain * scores).sum(1) / (plain.norm(dim=1) * scores.norm(dim=1))
@@ -61,14 +69,13 @@ def correlations(
 def _product(session: Session, train: Sequence[Any], vectors: Params, size: int) -> Params:
     """`H v` on all training data for K stacked vectors, in batches weighted by their size."""
     n = len(train)
-    matvec = partial(hvp, session.model.loss_fn, session.model.params)
-    product = strategies.for_each_vector("Hessian-vector products", lambda v, batch: matvec(batch, v))
+    product = strategies.products(session.model)
     total = tree.zeros_like(vectors)
     starts = progress.bar(range(0, n, size), description="measuring the residual", show=session.show)
     for start in starts:
         indices = list(range(start, min(start + size, n)))
         with session.naming("training", train, indices):
-            batch = session.batch([train[i] for i in indices])
+            batch = session.batch(train, indices)
             total = tree.add_scaled(total, len(indices) / n, product(vectors, lambda batch=batch: batch))
     return total
 

@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bridge import progress
-from bridge.data import stacked_alike, to_device
+from bridge import progress, strategies
 from bridge.functional import Functional, loss_and_gradient
+from bridge.rows import Rows
 from lissa import Batch, Params, SolverError, tree
+
+GRADIENTS_AT_ONCE, LOSSES_AT_ONCE = 64, 512
+"""Most examples whose gradients or losses are computed together."""
 
 
 @dataclass(frozen=True)
@@ -31,40 +34,76 @@ class Session:
     collate: Callable[[list[Any]], Batch]
     show: bool
 
-    def batch(self, instances: list[Any]) -> Batch:
-        """One batch of the instances, on the device."""
-        return to_device(self.collate(instances), self.model.device)
+    def batch(self, instances: Sequence[Any], indices: Iterable[int]) -> Batch:
+        """One batch of the instances `indices`, on the device."""
+        return self._rows(instances).batch(indices)
 
     def examples(
-        self, instances: Sequence[Any], *, size: int, description: str, role: str = "training"
+        self,
+        instances: Sequence[Any],
+        *,
+        size: int,
+        description: str,
+        role: str = "training",
+        chosen: Sequence[int] | None = None,
     ) -> Iterator[tuple[list[int], Batch]]:
-        """All instances, each a batch of one, in stacks of at most `size`, with their indices."""
-        numbers = progress.bar(range(len(instances)), description=description, show=self.show)
+        """The chosen instances (all if not given), each a batch of one, in stacks of at most `size`, with indices."""
+        chosen = range(len(instances)) if chosen is None else chosen
+        pending: dict[int, None] = {}
 
-        def batches_of_one() -> Iterator[tuple[int, Batch]]:
-            for i in numbers:
-                with self.naming(role, instances, [i]):
-                    batch = self.batch([instances[i]])
-                yield i, batch
+        def read() -> Iterator[int]:
+            for i in progress.bar(chosen, description=description, show=self.show):
+                pending[i] = None
+                yield i
 
-        return stacked_alike(batches_of_one(), size)
+        stacks = self._rows(instances).examples(size, read())
+        while True:
+            with self.naming(role, instances, pending):
+                found = next(stacks, None)
+            if found is None:
+                return
+            for i in found[0]:
+                del pending[i]
+            yield found
+
+    def gradients(self, role: str, instances: Sequence[Any], indices: Sequence[int]) -> tuple[Tensor, Params]:
+        """`L_t, grad L_t` of the instances `indices`, in their order, stacked and checked to be finite."""
+        losses_and_gradients = strategies.losses_and_gradients(self.model)
+        losses = next(iter(self.model.params.values())).new_empty(len(indices))
+        gradients = {name: p.new_empty(len(indices), *p.shape) for name, p in self.model.params.items()}
+        place = {i: row for row, i in enumerate(indices)}
+        for found, stack in self.examples(
+            instances, size=GRADIENTS_AT_ONCE, description=f"{role} gradients", role=role, chosen=indices
+        ):
+            with self.naming(role, instances, found):
+                some_losses, some_gradients = losses_and_gradients(stack)
+            check_finite("loss", role, found, some_losses)
+            check_finite("gradient", role, found, torch.vmap(tree.norm)(some_gradients))
+            rows = torch.tensor([place[i] for i in found], device=losses.device)
+            losses[rows] = some_losses
+            for name, gradient in gradients.items():
+                gradient[rows] = some_gradients[name]
+        return losses, gradients
 
     def loss_and_gradient(self, role: str, instances: Sequence[Any], i: int) -> tuple[Tensor, Params]:
         """`L, grad L` of instance i, checked to be finite."""
         with self.naming(role, instances, [i]):
-            loss, gradient = loss_and_gradient(self.model.loss_fn, self.model.params, self.batch([instances[i]]))
+            loss, gradient = loss_and_gradient(self.model.loss_fn, self.model.params, self.batch(instances, [i]))
         check_finite("loss", role, [i], loss)
         check_finite("gradient", role, [i], tree.norm(gradient))
         return loss, gradient
 
     def losses(self, role: str, instances: Sequence[Any], chosen: Iterable[int]) -> dict[int, float]:
         """The loss of each chosen instance, checked to be finite."""
+        losses = strategies.losses(self.model)
         found = {}
-        for i in chosen:
-            with self.naming(role, instances, [i]), torch.no_grad():
-                loss = self.model.loss_fn(self.model.params, self.batch([instances[i]]))
-            check_finite("loss", role, [i], loss)
-            found[i] = float(loss)
+        for indices, stack in self.examples(
+            instances, size=LOSSES_AT_ONCE, description=f"{role} losses", role=role, chosen=list(chosen)
+        ):
+            with self.naming(role, instances, indices):
+                values = losses(stack)
+            check_finite("loss", role, indices, values)
+            found |= zip(indices, values.tolist(), strict=True)
         return found
 
     @contextmanager
@@ -81,6 +120,9 @@ class Session:
             self._try_together(role, instances, indices)
             raise
 
+    def _rows(self, instances: Sequence[Any]) -> Rows:
+        return instances if isinstance(instances, Rows) else Rows(instances, self.collate, self.model.device, pads=True)
+
     def first_not_finite(self, role: str, instances: Sequence[Any]) -> None:
         """Raises a ValueError that names the first instance whose loss or gradient is not finite, if there is one."""
         for i in range(len(instances)):
@@ -89,7 +131,7 @@ class Session:
     def _try_together(self, role: str, instances: Sequence[Any], indices: list[int]) -> None:
         chosen = indices[:_MOST_TOGETHER]
         try:
-            loss_and_gradient(self.model.loss_fn, self.model.params, self.batch([instances[i] for i in chosen]))
+            loss_and_gradient(self.model.loss_fn, self.model.params, self.batch(instances, chosen))
         except Exception as error:
             raise ValueError(
                 f"The {role} instances {_listed(chosen)} work one by one but not in one batch. If they differ in "
@@ -98,7 +140,7 @@ class Session:
 
     def _try(self, role: str, instances: Sequence[Any], i: int) -> None:
         try:
-            loss_and_gradient(self.model.loss_fn, self.model.params, self.batch([instances[i]]))
+            loss_and_gradient(self.model.loss_fn, self.model.params, self.batch(instances, [i]))
         except Exception as error:
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             raise ValueError(f"{role.capitalize()} instance {i}: {kind}{error}") from error

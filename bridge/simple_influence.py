@@ -23,7 +23,7 @@ from bridge.functional import OutputLoss, evaluation, functional
 from bridge.interpreter import SCORE_BATCH_SIZE, InfluenceInterpreter, InstanceWithGrads, Solve
 from bridge.session import Session
 from bridge.solving import Choice
-from lissa import Params, Solution, SolverError, Status, checks, hvp, index_stream, solve_lissa, tree
+from lissa import Params, Solution, SolverError, Status, checks, index_stream, tree
 
 
 @InfluenceInterpreter.register("simple-influence")
@@ -64,8 +64,10 @@ class SimpleInfluence(InfluenceInterpreter):
             each test instance.
         progress: See `InfluenceInterpreter`.
         score_batch_size: See `InfluenceInterpreter`.
-        measure_residual: Whether to measure the residual on the full training data after each solve, which costs a
-            Hessian-vector product of each training instance. It takes the loss to be a mean over the batch.
+        measure_residual: Whether to measure the residual on the full training data after each LiSSA solve, which costs
+            a Hessian-vector product of each training instance and takes the loss to be a mean over the batch. The
+            default measures those of the first test instances: as many as add a quarter to the solve's cost, one at
+            least.
 
     Raises:
         ValueError: If a number is out of range, `damping` and `ridge` are both given, every parameter is frozen, or
@@ -109,7 +111,7 @@ class SimpleInfluence(InfluenceInterpreter):
         compat: str | None = None,
         progress: bool = True,
         score_batch_size: int = SCORE_BATCH_SIZE,
-        measure_residual: bool = True,
+        measure_residual: bool | None = None,
     ):
         lissa_settings = partial(
             settings.lissa_settings,
@@ -183,7 +185,7 @@ class SimpleInfluence(InfluenceInterpreter):
         compat: str | None = None,
         progress: bool = True,
         score_batch_size: int = SCORE_BATCH_SIZE,
-        measure_residual: bool = True,
+        measure_residual: bool | None = None,
     ) -> "SimpleInfluence":
         """The interpreter of a plain PyTorch model and dataset.
 
@@ -287,12 +289,7 @@ class SimpleInfluence(InfluenceInterpreter):
 
     def _by_recursion(self, session: Session, choice: Choice) -> Callable[[Params], Solution]:
         """AllenNLP's way: LiSSA on the next batches, the mean over runs, the last iterate of each."""
-        matvec = partial(hvp, session.model.loss_fn, session.model.params)
-
-        def solve_one(v: Params, batches: Iterable[Any]) -> Solution:
-            return solve_lissa(matvec, v, batches, damping=choice.damping, scale=choice.scale, throw=False)
-
-        solve_each = strategies.for_each_vector("inverse Hessian-vector products", solve_one)
+        solve_each = strategies.inverse_products(session.model, choice.damping, choice.scale)
         drawn = None if self._compat else self._draw(choice.steps)
         at_work: list[int] = []
 
@@ -303,13 +300,21 @@ class SimpleInfluence(InfluenceInterpreter):
             value = tree.map(lambda *t: torch.stack(t).mean(0), *(solution.value for solution in solutions))
             status = torch.stack([solution.status for solution in solutions]).amax(0)
             residual = torch.full_like(solutions[0].relative_residual, torch.nan)
-            if self._measure_residual:
+            if self._measure_residual is not False:
                 residual = measurements.relative_residuals(
-                    session, self._train, choice.damping, vectors, value, size=self._score_batch_size
-                )
+                    session, self._train, choice.damping, vectors, value, size=self._score_batch_size,
+                    count=self._worth_measuring(len(residual), choice.steps),
+                )  # fmt: skip
             return solutions[0]._replace(value=value, status=status, relative_residual=residual)
 
         return solve
+
+    def _worth_measuring(self, vectors: int, steps: int) -> int:
+        """How many residuals: those whose products cost at most a quarter of the solve's, one at least; see class."""
+        if self._measure_residual:
+            return vectors
+        multiplied = vectors * steps * self.settings.batch_size * self.settings.num_samples
+        return min(vectors, max(1, multiplied // (4 * len(self._train))))
 
     def _draw(self, steps: int) -> list[list[list[int]]]:
         """The batches of each run, as indices: the next ones of passes that go on from call to call."""
@@ -319,7 +324,7 @@ class SimpleInfluence(InfluenceInterpreter):
         """The batches of a run; `at_work` holds the indices of the latest, so that an error can be traced to it."""
         for indices in progress.bar(run, description="LiSSA", show=self.progress):
             at_work[:] = indices
-            yield session.batch([self._train[i] for i in indices])
+            yield session.batch(self._train, indices)
 
     # ------------------------------------------------------------------ what it is worth
 
@@ -365,7 +370,7 @@ class SimpleInfluence(InfluenceInterpreter):
             model = functional(module, self._candidates, output_loss=self._loss_fn, device=self.device)
             in_train_mode = Session(model, self._collate, self.progress)
             found, names = [], []
-            batches = (in_train_mode.batch([instance]) for instance in self._train)
+            batches = (in_train_mode.batch(self._train, [i]) for i in range(len(self._train)))
             for i, (loss, gradient) in enumerate(allennlp_order.train_mode_gradients(model, batches)):
                 names = list(gradient)
                 found.append(InstanceWithGrads(self._train[i], float(loss), tuple(gradient.values())))

@@ -111,7 +111,7 @@ def on_all_data(
     plan = choice.plan
     chunks = [range(start, min(start + size, len(train))) for start in range(0, len(train), size)]
     with session.naming("training", train, range(len(train))):
-        batches = [session.batch([train[i] for i in chunk]) for chunk in chunks]
+        batches = [session.batch(train, chunk) for chunk in chunks]
         matvec = partial(hvp, session.model.loss_fn, session.model.params, mode=_mode(session, batches[0]))
     full: Matvec = mean_matvec(matvec, batches, weights=[len(chunk) for chunk in chunks])
 
@@ -127,7 +127,7 @@ def _follow(
     plan: Settings, session: Session, train: Sequence[Any], matvec: BatchMatvec, full: Matvec, seed: int, v: Params
 ) -> Solution:
     def of_rows(rows: Tensor, v: Params) -> Params:
-        return matvec(session.batch([train[i] for i in rows.tolist()]), v)
+        return matvec(session.batch(train, rows.tolist()), v)
 
     return solve_tuned(
         of_rows,
@@ -145,7 +145,7 @@ def _follow(
 def _spectrum(session: Session, train: Sequence[Any], generator: torch.Generator) -> Spectrum:
     chosen = torch.randperm(len(train), generator=generator)[:SAMPLE].tolist()
     with session.naming("training", train, chosen):
-        batch = session.batch([train[i] for i in chosen])
+        batch = session.batch(train, chosen)
         matvec = partial(hvp, session.model.loss_fn, session.model.params, batch, mode=_mode(session, batch))
     try:
         return estimate_spectrum(matvec, session.model.params, generator=generator)

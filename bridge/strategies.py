@@ -5,16 +5,28 @@ choice is made, by trying, and said once. Knows losses, batches and vectors; kno
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import grad_and_value
 from torch.utils import _pytree as pytree
 
-from bridge.functional import Functional, example_losses, loss_and_gradient
-from lissa import Batch, Params, SolverError, influence_scores, per_example_gradients, tree
+from bridge.functional import Functional, example_losses, loss_and_gradient, rows_of
+from lissa import (
+    Batch,
+    Params,
+    Solution,
+    SolverError,
+    hvp,
+    influence_scores,
+    solve_lissa,
+    solve_lissa_stacked,
+    stacked_hvp,
+    tree,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -82,14 +94,20 @@ def scores(model: Functional) -> Callable[[Params, Batch], Tensor]:
     return first_that_runs("scores", at_once, by_gradients, one_by_one)
 
 
-def gradients(model: Functional) -> Callable[[Batch], Params]:
-    """`gradients(stack) -> (B, *shape)`: the gradient of each row of a stack of one-example batches."""
-    losses = example_losses(model.loss_fn)
+def losses_and_gradients(model: Functional) -> Callable[[Batch], tuple[Tensor, Params]]:
+    """`stack -> (B,), (B, *shape)`: loss and gradient of each row of a stack of one-example batches."""
 
-    def one_by_one(stack: Batch) -> Params:
-        return stack_vectors([loss_and_gradient(model.loss_fn, model.params, row)[1] for row in rows(stack)])
+    def at_once(stack: Batch) -> tuple[Tensor, Params]:
+        gradients, values = torch.vmap(grad_and_value(model.loss_fn), in_dims=(None, rows_of(stack)))(
+            model.params, stack
+        )
+        return values, gradients
 
-    return first_that_runs("gradients", partial(per_example_gradients, losses, model.params), one_by_one)
+    def one_by_one(stack: Batch) -> tuple[Tensor, Params]:
+        found = [loss_and_gradient(model.loss_fn, model.params, row) for row in rows(stack)]
+        return torch.stack([loss for loss, _ in found]), stack_vectors([gradient for _, gradient in found])
+
+    return first_that_runs("gradients", at_once, one_by_one)
 
 
 def losses(model: Functional) -> Callable[[Batch], Tensor]:
@@ -107,13 +125,19 @@ def losses(model: Functional) -> Callable[[Batch], Tensor]:
     return first_that_runs("losses", at_once, one_by_one)
 
 
-def for_each_vector(task: str, fn: Callable[[Params, Any], Any]) -> Callable[[Params, Any], Any]:
-    """`(v_1, ..., v_K), make -> fn(v_k, make())` for all k by vmap, or one by one; results are stacked.
+def for_each_vector(
+    task: str, fn: Callable[[Params, Any], Any], *stacked: Callable[[Params, Any], Any]
+) -> Callable[[Params, Any], Any]:
+    """`(v_1, ..., v_K), make -> fn(v_k, make())` for all k, stacked; the first way that runs is kept.
 
     Args:
         task: What it is, in words.
-        fn: A function of one vector and an iterable, made anew for each attempt.
+        fn: A function of one vector and what `make` makes, anew for each attempt: by vmap, or one vector by one.
+        *stacked: Functions of K stacked vectors that do the same and are tried before.
     """
+
+    def all_stacked(one: Callable[[Params, Any], Any]) -> Callable[[Params, Callable[[], Any]], Any]:
+        return lambda vectors, make: one(vectors, make())
 
     def at_once(vectors: Params, make: Callable[[], Any]) -> Any:
         return torch.vmap(lambda v: fn(v, make()), randomness="same")(vectors)
@@ -122,7 +146,49 @@ def for_each_vector(task: str, fn: Callable[[Params, Any], Any]) -> Callable[[Pa
         results = [fn(vector, make()) for vector in rows(vectors)]
         return pytree.tree_map(lambda *leaves: torch.stack(leaves), *results)
 
-    return first_that_runs(task, at_once, one_by_one)
+    return first_that_runs(task, *map(all_stacked, stacked), at_once, one_by_one)
+
+
+def products(model: Functional) -> Callable[[Params, Callable[[], Batch]], Params]:
+    """`(v_1, ..., v_K), make -> H v_k` on the batch that `make` makes, stacked."""
+    matvec = partial(hvp, model.loss_fn, model.params)
+    stacked = partial(stacked_hvp, model.loss_fn, model.params)
+    return for_each_vector(
+        "Hessian-vector products", lambda v, batch: matvec(batch, v), lambda vectors, batch: stacked(batch, vectors)
+    )
+
+
+def inverse_products(
+    model: Functional, damping: float, scale: float
+) -> Callable[[Params, Callable[[], Iterable[Batch]]], Solution]:
+    """`(v_1, ..., v_K), make -> (H + damping I)^-1 v_k` by LiSSA on the batches that `make` makes, stacked.
+
+    On a CPU, a few vectors at a time, so that what a step passes over stays in the cache.
+    """
+    settings = {"damping": damping, "scale": scale, "throw": False}
+    matvec = partial(hvp, model.loss_fn, model.params)
+    stacked = partial(stacked_hvp, model.loss_fn, model.params)
+    solve = for_each_vector(
+        "inverse Hessian-vector products",
+        lambda v, batches: solve_lissa(matvec, v, batches, **settings),
+        lambda vectors, batches: solve_lissa_stacked(stacked, vectors, batches, **settings),
+    )
+    bytes_of_one = sum(p.nbytes for p in model.params.values())
+    size = max(1, CACHE_BYTES // bytes_of_one) if model.device.type == "cpu" else STACK_LIMIT
+
+    def in_chunks(vectors: Params, make: Callable[[], Iterable[Batch]]) -> Solution:
+        K = length(vectors)
+        parts = [
+            solve({name: t[k : k + size] for name, t in vectors.items()}, make)._replace(state=())
+            for k in range(0, K, size)
+        ]
+        return parts[0] if len(parts) == 1 else pytree.tree_map(lambda *t: torch.cat(t), *parts)
+
+    return in_chunks
+
+
+CACHE_BYTES = 2**23
+"""The size of a stack of vectors that LiSSA steps through at a time on a CPU: several such fit into a shared cache."""
 
 
 def stack_vectors(vectors: list[Params]) -> Params:

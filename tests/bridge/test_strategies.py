@@ -81,7 +81,8 @@ def test_every_way_gives_the_same(refuses, limit, monkeypatch):
     torch.testing.assert_close(
         strategies.losses(fn)(STACK), ((W * X) ** 3).sum(1) + 0.5, check_dtype=True, rtol=1e-12, atol=0
     )
-    gradients = strategies.gradients(fn)(STACK)
+    losses, gradients = strategies.losses_and_gradients(fn)(STACK)
+    torch.testing.assert_close(losses, ((W * X) ** 3).sum(1) + 0.5, rtol=1e-12, atol=0)
     for name, expected in GRADIENTS.items():
         torch.testing.assert_close(gradients[name], expected, rtol=1e-12, atol=0)
 
@@ -100,3 +101,31 @@ def test_for_each_vector_hands_every_vector_the_same_things(refuses):
     run = strategies.for_each_vector("sums", fn)
     got = run({"x": torch.tensor([[1.0], [2.0]])}, lambda: iter([10, 20]))
     assert got["x"].tolist() == [[31.0], [32.0]]
+
+
+@pytest.mark.parametrize("cache", [2**23, 1])
+def test_inverse_products_do_not_depend_on_how_many_are_taken_at_a_time(cache, monkeypatch):
+    monkeypatch.setattr(strategies, "CACHE_BYTES", cache)
+    vectors = {"w": torch.eye(2, dtype=torch.float64), "b": torch.tensor([0.0, 1.0], dtype=torch.float64)}
+    made = []
+
+    def batches():
+        made.append(1)
+        return [(X,)] * 200
+
+    solution = strategies.inverse_products(model(), 1.0, 60.0)(vectors, batches)
+    H = torch.diag(torch.cat([(6 * W * X**3).mean(0), torch.zeros(1, dtype=torch.float64)])) + torch.eye(3)
+    v = torch.cat([vectors["w"], vectors["b"].unsqueeze(1)], 1)
+    got = torch.cat([solution.value["w"], solution.value["b"].unsqueeze(1)], 1)
+    expected = torch.stack([lissa_closed_form(H, row, 60.0, 200) for row in v])
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+    assert len(made) == (1 if cache > 1 else 2)
+    assert solution.steps.tolist() == [200, 200]
+
+
+def lissa_closed_form(A, v, scale, steps):
+    """`h_T / scale` of `h <- v + (I - A / scale) h` from `h_0 = v`."""
+    M, h = torch.eye(len(A), dtype=A.dtype) - A / scale, v
+    for _ in range(steps):
+        h = v + M @ h
+    return h / scale

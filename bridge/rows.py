@@ -1,0 +1,159 @@
+"""Instances as batches: collated once and for all where they are alike, in groups of equal shapes where they are not.
+
+Knows instances and how they are collated; knows nothing of models or of what a batch is for.
+"""
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from bridge.data import Instance, grouped, stacked_alike, to_device
+from lissa import Batch, take
+
+CHUNK = 256
+"""Instances collated together while all are gathered."""
+
+
+class Rows(Sequence[Any]):
+    """A sequence of instances that makes batches of itself.
+
+    Args:
+        instances: The instances; they are read when they are needed.
+        collate: Makes a batch of a list of instances.
+        device: Where batches go.
+        vocab: Indexes AllenNLP-like instances.
+        pads: Whether `collate` may treat an instance differently in company than alone although all have the same
+            shapes, as a `collate_fn` of the user's may. Instances are then collated alone wherever they must be.
+        most_bytes: `gather` keeps all instances as tensors only if they fit into this.
+
+    Example:
+        >>> rows = Rows([(torch.ones(2), 0), (torch.ones(2), 1)], torch.utils.data.default_collate, torch.device("cpu"))
+        >>> rows.batch([1])[1], next(rows.examples(2))[1][1]
+        (tensor([1]), tensor([[0],
+                [1]]))
+    """
+
+    def __init__(
+        self,
+        instances: Sequence[Any],
+        collate: Callable[[list[Any]], Batch],
+        device: torch.device,
+        *,
+        vocab: Any = None,
+        pads: bool = False,
+        most_bytes: int = 2**28,
+    ):
+        self._instances = instances
+        self._collate = collate
+        self._device = device
+        self._vocab = vocab
+        self._pads = pads
+        self._most_bytes = most_bytes
+        self._gathered: Batch = None
+        self._of_fields: dict[type, bool] = {}
+
+    def __len__(self) -> int:
+        return len(self._instances)
+
+    def __getitem__(self, i: Any) -> Any:
+        """The instance `i` itself."""
+        return self._instances[i]
+
+    def batch(self, indices: Iterable[int]) -> Batch:
+        """One batch of the instances `indices`, on the device."""
+        if self._gathered is not None:
+            return take(self._gathered, torch.as_tensor(list(indices)))
+        return to_device(self._collate([self._instances[i] for i in indices]), self._device)
+
+    def gather(self) -> None:
+        """Collates all instances once, for those who will need all of them, if that is possible; see the class."""
+        if self._gathered is None and not self._pads:
+            self._gathered = self._all_together()
+
+    def examples(self, size: int, chosen: Iterable[int] | None = None) -> Iterator[tuple[list[int], Batch]]:
+        """Instances, each a batch of one, in stacks of at most `size`, with their indices.
+
+        Args:
+            size: The largest stack.
+            chosen: The indices, each below `len(self)`; all if not given.
+
+        Yields:
+            Indices, and tensors of shape `(B, 1, ...)`: row `j` is the batch of the one instance `indices[j]`.
+        """
+        chosen = range(len(self)) if chosen is None else chosen
+        if self._gathered is not None:
+            chosen = list(chosen)
+            for start in range(0, len(chosen), size):
+                indices = chosen[start : start + size]
+                yield indices, _as_batches_of_one(self.batch(indices))
+        elif self._pads:
+            yield from stacked_alike(((i, self.batch([i])) for i in chosen), size)
+        else:
+            for group in grouped(((self._likeness(self._instances[i]), i) for i in chosen), size):
+                together = self.batch(group)
+                if are_rows(together, len(group)):
+                    yield group, _as_batches_of_one(together)
+                else:
+                    yield from stacked_alike(((i, self.batch([i])) for i in group), size)
+
+    def _all_together(self) -> Batch:
+        """All instances as one batch, or None if they differ in shape, are no tensors, or would be too large."""
+        whole, structure, alike = [], None, None
+        for start in range(0, len(self), CHUNK):
+            indices = range(start, min(start + CHUNK, len(self)))
+            try:
+                instances = [self._instances[i] for i in indices]
+                batch = to_device(self._collate(instances), self._device)
+            except Exception:  # whoever needs the instance will hear of it, with its number
+                return None
+            leaves, found = pytree.tree_flatten(batch)
+            if not are_rows(batch, len(indices)):
+                return None
+            if structure is None:
+                structure, alike = found, self._likeness(instances[0])
+                if sum(leaf[0].nbytes for leaf in leaves) * len(self) > self._most_bytes:
+                    return None
+                whole = [leaf.new_empty((len(self), *leaf.shape[1:])) for leaf in leaves]
+            same = found == structure and all(self._likeness(instance) == alike for instance in instances)
+            if not same or any(
+                a.shape[1:] != b.shape[1:] or a.dtype != b.dtype for a, b in zip(whole, leaves, strict=True)
+            ):
+                return None
+            for rows, leaf in zip(whole, leaves, strict=True):
+                rows[start : indices.stop] = leaf
+        return pytree.tree_unflatten(whole, structure) if structure is not None else None
+
+    def _likeness(self, instance: Any) -> Hashable:
+        kind = type(instance)
+        if kind not in self._of_fields:  # a protocol is slow to check
+            self._of_fields[kind] = isinstance(instance, Instance)
+        if not self._of_fields[kind]:
+            return likeness_of_leaves(instance)
+        if self._vocab is not None:
+            instance.index_fields(self._vocab)
+        return likeness_of_fields(instance)
+
+
+def likeness_of_fields(instance: Instance) -> Hashable:
+    """What indexed instances must share so that a batch of them holds each as it would be alone, with nothing padded."""
+    lengths = instance.get_padding_lengths()
+    return tuple((name, type(field), *sorted(lengths[name].items())) for name, field in instance.fields.items())
+
+
+def likeness_of_leaves(instance: Any) -> Hashable:
+    """The same for mappings and pairs."""
+    leaves, structure = pytree.tree_flatten(instance)
+    return (str(structure), *((type(x), getattr(x, "shape", None), getattr(x, "dtype", None)) for x in leaves))
+
+
+def are_rows(batch: Batch, count: int) -> bool:
+    """Whether a batch of `count` instances holds nothing but tensors with a row for each."""
+    leaves = pytree.tree_leaves(batch)
+    return bool(leaves) and all(isinstance(x, Tensor) and x.ndim > 0 and len(x) == count for x in leaves)
+
+
+def _as_batches_of_one(batch: Batch) -> Batch:
+    return pytree.tree_map(lambda leaf: leaf.unsqueeze(1), batch)

@@ -1,0 +1,124 @@
+import pytest
+import torch
+from torch.utils.data import default_collate
+
+from bridge.data import collate
+from bridge.rows import CHUNK, Rows, are_rows, likeness_of_fields
+from tests.bridge.fakes import BagOfWords, Instance, Reader, TextField, pairs, sentences, text_instance
+
+CPU = torch.device("cpu")
+
+
+class Counted(list):
+    """A dataset that counts how often it is read."""
+
+    reads = 0
+
+    def __getitem__(self, i):
+        self.reads += 1
+        return super().__getitem__(i)
+
+
+def same(a, b):
+    assert torch.utils._pytree.tree_structure(a) == torch.utils._pytree.tree_structure(b)
+    for x, y in zip(torch.utils._pytree.tree_leaves(a), torch.utils._pytree.tree_leaves(b), strict=True):
+        assert torch.equal(x, y)
+        assert x.dtype == y.dtype
+
+
+@pytest.mark.parametrize("n", [1, 5, CHUNK, CHUNK + 1, 2 * CHUNK + 3])
+def test_what_is_gathered_is_what_is_collated(n):
+    data = Counted((x, int(y)) for x, y in pairs(n))
+    rows = Rows(data, default_collate, CPU)
+    rows.gather()
+    rows.gather()
+    assert data.reads == n
+    indices = torch.randperm(n)[:8].tolist()
+    same(rows.batch(indices), default_collate([list.__getitem__(data, i) for i in indices]))
+    assert data.reads == n
+    seen = []
+    for found, stack in rows.examples(3):
+        for j, i in enumerate(found):
+            same(tuple(t[j] for t in stack), tuple(default_collate([list.__getitem__(data, i)])))
+        seen += found
+    assert seen == list(range(n))
+
+
+def test_what_is_gathered_is_kept_within_bounds():
+    data = Counted(pairs(40))  # 5 numbers of 8 bytes each
+    for most, kept in ((40 * 40, True), (40 * 40 - 1, False)):
+        rows = Rows(data, default_collate, CPU, most_bytes=most)
+        rows.gather()
+        reads = data.reads
+        rows.batch([0])
+        assert (data.reads == reads) == kept
+
+
+def of_different_lengths():
+    return [(torch.ones(2 + i % 3), torch.tensor(i)) for i in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("data", "make"),
+    [
+        (pairs(10), {}),
+        (of_different_lengths(), {}),
+        ([(x, float(i)) if i else (x, 0) for i, (x, _) in enumerate(pairs(4))], {}),  # a kind of number differs
+        ([{"x": x, "name": f"row {i % 2}"} for i, (x, _) in enumerate(pairs(4))], {}),
+        (list(Reader().read(sentences(20))), {"vocab": BagOfWords().vocab}),
+        ([text_instance("good film", 1, note=f"row {i}") for i in range(4)], {"vocab": BagOfWords().vocab}),
+        (pairs(10), {"pads": True}),
+    ],
+    ids=["alike", "lengths", "kinds", "strings", "texts", "metadata", "collate_fn"],
+)
+@pytest.mark.parametrize("gather", [False, True])
+def test_every_example_is_what_it_is_alone(data, make, gather):
+    def collated(instances):
+        return collate(instances, vocab=make.get("vocab"))
+
+    rows = Rows(data, collated, CPU, **make)
+    if gather:
+        rows.gather()
+    seen = []
+    for indices, stack in rows.examples(3):
+        for j, i in enumerate(indices):
+            row = torch.utils._pytree.tree_map(lambda t, j=j: t[j] if isinstance(t, torch.Tensor) else t, stack)
+            alone = collated([data[i]])
+            tensors, expected = (torch.utils._pytree.tree_leaves(x) for x in (row, alone))
+            for a, b in zip(tensors, expected, strict=True):
+                assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+                assert getattr(a, "dtype", None) == getattr(b, "dtype", None)
+        seen += indices
+    assert sorted(seen) == list(range(len(data)))
+
+
+def test_chosen_examples_in_their_order():
+    rows = Rows(pairs(10), default_collate, CPU)
+    rows.gather()
+    assert [indices for indices, _ in rows.examples(2, [7, 1, 3])] == [[7, 1], [3]]
+
+
+def test_examples_of_one_shape_are_collated_together():
+    sizes = []
+
+    def counted(instances):
+        sizes.append(len(instances))
+        return default_collate(instances)
+
+    list(Rows(of_different_lengths(), counted, CPU).examples(100))
+    assert sorted(sizes) == [3, 3, 4]
+
+
+def test_likeness_of_texts_is_their_length():
+    vocab = BagOfWords().vocab
+    long, short = (Instance({"text": TextField(text)}) for text in ("good film", "good"))
+    for instance in (long, short):
+        instance.index_fields(vocab)
+    assert likeness_of_fields(long) != likeness_of_fields(short)
+    assert likeness_of_fields(long) == likeness_of_fields(long)
+
+
+def test_what_are_rows():
+    assert are_rows({"x": torch.ones(2, 3), "y": torch.ones(2)}, 2)
+    for other in ({"x": torch.ones(2), "s": ["a", "b"]}, torch.tensor(1.0), [torch.ones(2), torch.ones(3)], ()):
+        assert not are_rows(other, 2)
