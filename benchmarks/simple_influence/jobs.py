@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import bridge
 import lissa
@@ -37,7 +36,9 @@ class SameOrder:
 
     def __iter__(self) -> Iterator[Any]:
         generator = torch.Generator().manual_seed(SEED)
-        for indices in itertools.islice(lissa.index_stream(len(self.instances), BATCH_SIZE, generator=generator), self.steps):
+        for indices in itertools.islice(
+            lissa.index_stream(len(self.instances), BATCH_SIZE, generator=generator), self.steps
+        ):
             yield collated([self.instances[i] for i in indices.tolist()])
 
 
@@ -51,5 +52,7 @@ def theirs(workload: Workload, tests: int, settings: dict[str, Any], *, same_ord
 
 def ours(workload: Workload, tests: int, settings: dict[str, Any], **more: Any) -> Any:
     """The bridge's outputs."""
-    influence = bridge.SimpleInfluence(workload.model, "train", workload.reader, progress=False, seed=SEED, **settings, **more)
+    influence = bridge.SimpleInfluence(
+        workload.model, "train", workload.reader, progress=False, seed=SEED, **settings, **more
+    )
     return influence, influence.interpret_instances(workload.test[:tests], k=20)

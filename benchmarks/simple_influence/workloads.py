@@ -76,7 +76,9 @@ def digits(net: nn.Module, steps: int) -> Workload:
 
     def instances(x: Tensor, y: Tensor) -> list[Instance]:
         return [
-            Instance({"x": ArrayField(a.numpy(), dtype=a.numpy().dtype), "label": LabelField(int(b), skip_indexing=True)})
+            Instance(
+                {"x": ArrayField(a.numpy(), dtype=a.numpy().dtype), "label": LabelField(int(b), skip_indexing=True)}
+            )
             for a, b in zip(x, y, strict=True)
         ]
 
