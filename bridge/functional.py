@@ -62,6 +62,8 @@ def evaluation(model: nn.Module, *, training: bool = False) -> Iterator[nn.Modul
     stand_in = _copy_sharing_parameters(model)
     if stand_in is model:
         logger.warning("The model cannot be copied, so it is used itself and its flags put back afterwards.")
+    else:
+        _silence_metrics(stand_in)
     with _flags(stand_in, training=training), twice_differentiable(), masks_always_made():
         yield stand_in
 
@@ -234,6 +236,48 @@ def _copy_sharing_parameters(model: nn.Module) -> nn.Module:
         return model
 
 
+class _Silent:
+    """Stands for a metric of a stand-in: it counts nothing, and answers whatever else it is asked as the metric would.
+
+    What a metric counts has no part in the loss. But counting branches on the data, which `vmap` and recordings refuse,
+    and it is state, for which each evaluation would need a copy of the module of its own.
+    """
+
+    def __init__(self, metric: Any):
+        self._metric = metric
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_metric":
+            raise AttributeError(name)
+        return getattr(self._metric, name)
+
+
+def _silence_metrics(stand_in: nn.Module) -> None:
+    for module in stand_in.modules():
+        for key, value in list(vars(module).items()):
+            if key not in _MODULE_KEYS:
+                vars(module)[key] = _silenced(value)
+
+
+def _silenced(value: Any) -> Any:
+    if isinstance(value, dict) and any(map(_is_metric, value.values())):
+        return {key: _silenced(item) for key, item in value.items()}
+    if isinstance(value, list) and any(map(_is_metric, value)):
+        return [_silenced(item) for item in value]
+    return _Silent(value) if _is_metric(value) else value
+
+
+def _is_metric(value: Any) -> bool:
+    """Whether it is a metric as AllenNLP has them: called to count, asked by `get_metric`, emptied by `reset`."""
+    kind = type(value)
+    return not isinstance(value, nn.Module) and all(
+        callable(getattr(kind, name, None)) for name in ("__call__", "get_metric", "reset")
+    )
+
+
 _MODULE_KEYS = frozenset(vars(nn.Module()))
 _STATELESS = (type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size)
 _CALLABLES = (FunctionType, MethodType, BuiltinFunctionType)
@@ -246,16 +290,21 @@ def _keeps_state(model: nn.Module) -> bool:
     Transformers' modules hold their configuration and tables for loading and saving, none of which a forward pass
     writes to.
     """
+    parts = set(model.modules())
+
+    def is_constant(value: Any) -> bool:
+        if isinstance(value, tuple) or (isinstance(value, (list, set)) and value):  # what starts empty is to be filled
+            return all(map(is_constant, value))
+        if isinstance(value, dict) and value:
+            return all(map(is_constant, value.values()))
+        if isinstance(value, nn.Module):
+            return value in parts
+        return isinstance(value, (*_STATELESS, *_CALLABLES, _Silent))
+
     return any(
-        not _is_constant(value)
+        not is_constant(value)
         for module in model.modules()
         if not type(module).__module__.startswith(("torch.nn", "transformers."))
         for key, value in vars(module).items()
         if key not in _MODULE_KEYS and key != "vocab"
     )
-
-
-def _is_constant(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(map(_is_constant, value))
-    return isinstance(value, (*_STATELESS, *_CALLABLES))

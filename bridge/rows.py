@@ -138,7 +138,7 @@ class Rows(Sequence[Any]):
 
 
 def likeness_of_fields(instance: Instance) -> Hashable:
-    """What indexed instances must share so that a batch of them holds each as it would be alone, with nothing padded."""
+    """What indexed instances must share so that a batch of them holds each as it is alone, with nothing padded."""
     lengths = instance.get_padding_lengths()
     return tuple((name, type(field), *sorted(lengths[name].items())) for name, field in instance.fields.items())
 
