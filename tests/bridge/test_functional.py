@@ -182,3 +182,42 @@ def test_dense_embeddings_puts_the_flag_back_after_an_error():
         raise RuntimeError("inside")
     assert model.sparse is True
     assert model.training is True
+
+
+class Counter:
+    """A metric as AllenNLP has them: it branches on the data, and keeps what it was given."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, outputs, labels):
+        if bool((outputs > 0).any()):
+            self.seen.append(outputs)
+
+    def get_metric(self, reset=False):
+        return len(self.seen)
+
+    def reset(self):
+        self.seen = []
+
+
+@pytest.mark.parametrize("kept_in", [lambda m: m, lambda m: {"accuracy": m}, lambda m: [m]], ids=["", "dict", "list"])
+def test_metrics_neither_count_nor_stand_in_the_way_of_vmap(kept_in):
+    class Scored(nn.Linear):
+        def forward(self, x):
+            y = super().forward(x)
+            for metric in [self.m] if callable(self.m) else self.m.values() if isinstance(self.m, dict) else self.m:
+                metric(y, x)
+                assert metric.get_metric() == 0
+            return {"loss": y.square().mean()}
+
+    model, metric = Scored(2, 1), Counter()
+    model.m = kept_in(metric)
+    with evaluation(model) as module:
+        fn = functional(module, ["weight", "bias"])
+        stack = {"x": torch.tensor([[[1.0, 2.0]], [[3.0, -1.0]]])}
+        losses = example_losses(fn.loss_fn)(fn.params, stack)
+    with torch.no_grad():
+        assert losses.tolist() == pytest.approx([float(model.weight @ x[0] + model.bias) ** 2 for x in stack["x"]])
+    assert metric.seen == []
+    assert model.m is metric or metric in (model.m.values() if isinstance(model.m, dict) else model.m)
