@@ -7,6 +7,7 @@ from bridge.data import DataLoader, DatasetReader, Instance, Lazy, SimpleDataLoa
 from bridge.diagnostics import Diagnostics, InfluenceWarning
 from bridge.interpreter import BothEnds, InfluenceInterpreter, InstanceInfluence, InstanceWithGrads, InterpretOutput
 from bridge.inverse_hvp import get_hvp, get_inverse_hvp_lissa
+from bridge.outputs import EstimatedOutput, InfluenceEstimate
 from bridge.simple_influence import SimpleInfluence
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "DataLoader",
     "DatasetReader",
     "Diagnostics",
+    "EstimatedOutput",
+    "InfluenceEstimate",
     "InfluenceInterpreter",
     "InfluenceWarning",
     "Instance",

@@ -19,8 +19,10 @@ from bridge import diagnostics as report
 from bridge import measurements, progress, settings, solving, strategies
 from bridge.data import CollateFn, DatasetReader, Lazy, LazyLoader, SimpleDataLoader, check_dataset
 from bridge.diagnostics import Diagnostics, InfluenceWarning
+from bridge.error_bars import error_bars
 from bridge.functional import OutputLoss, evaluation, functional
 from bridge.interpreter import SCORE_BATCH_SIZE, InfluenceInterpreter, InstanceWithGrads, Solve
+from bridge.outputs import EstimatedOutput, InfluenceEstimate
 from bridge.session import Session
 from bridge.solving import Choice
 from lissa import Params, Solution, SolverError, Status, checks, index_stream, tree
@@ -263,19 +265,77 @@ class SimpleInfluence(InfluenceInterpreter):
             raise ValueError("`SimpleInfluence.diagnostics` are of the latest call, and there was none yet.")
         return self._diagnostics
 
+    def interpret_with_error_bars(
+        self, test_instances: Iterable[Any], k: int = 20, *, smallest: float = 0.0
+    ) -> list[EstimatedOutput]:
+        """`interpret_instances`, with `|score - exact| <= |grad_i| |r| / (lambda_min + damping)` for each score.
+
+        The residual r is measured on all the training data. With `num_samples` of two or more and a solver that draws
+        batches, each score also carries its standard error over the independent solves. All n scores of a test instance
+        are held, and n gradients are computed, so it costs more than `interpret_instances`.
+
+        Args:
+            test_instances: With their labels.
+            k: How many training instances; all there are if there are fewer.
+            smallest: A lower bound of the Hessian's eigenvalues, for the bound: 0 if the loss is convex in the
+                parameters that are used; else a negative number, which the damping must exceed.
+
+        Returns:
+            For each test instance the `k` largest scores, each an `InfluenceEstimate`; `settled` marks those whose
+            place in the ranking the errors leave no doubt of.
+
+        Raises:
+            ValueError: As `interpret` does, or if `smallest` plus the damping is not > 0, or with `compat`.
+            lissa.SolverError: If the solve fails.
+        """
+        call = "interpret_with_error_bars"
+        checks.count(call, "k", k, at_least=0)
+        checks.finite(call, "smallest", smallest)
+        if self._compat:
+            raise ValueError(f"`{call}` has no counterpart in AllenNLP: leave out compat='allennlp'.")
+        tests = self._listed(call, test_instances)
+        found: list[EstimatedOutput] = []
+        if not len(tests):
+            return found
+        with self._session() as session:
+            self._train.gather()
+            choice, solve = self._solutions(session, measure_all=True)
+            size = max(1, self._vectors_at_once(session) // (1 + self.settings.num_samples))
+            for start in range(0, len(tests), size):
+                chosen = range(start, min(start + size, len(tests)))
+                losses, vectors = session.gradients("test", tests, chosen)
+                bars = error_bars(
+                    session, self._train, vectors, solve(vectors), damping=choice.damping, smallest=smallest,
+                    size=self._score_batch_size,
+                )  # fmt: skip
+                rankings = bars.ranked(k)
+                train_losses = self._train_losses(session, sorted({known[0] for row in rankings for known in row}))
+                for t, row in enumerate(rankings):
+                    top = [
+                        InfluenceEstimate(self._train[known[0]], train_losses[known[0]], *known[1:]) for known in row
+                    ]
+                    found.append(EstimatedOutput(tests[start + t], float(losses[t]), top))
+            self._close(session)
+        return found
+
     # ------------------------------------------------------------------ the solve
 
     def _solver(self, session: Session) -> Solve:
+        _, solve = self._solutions(session, measure_all=bool(self._measure_residual))
+        return lambda vectors: solve(vectors).value
+
+    def _solutions(self, session: Session, *, measure_all: bool) -> tuple[Choice, Callable[[Params], Solution]]:
+        """How it is solved, and the function that does: K stacked gradients to K judged solutions."""
         self._parts = []
         choice = solving.choose(session, self._train, self.settings, seed=self._seed)
         if choice.plan is None and choice.solver == "lissa":
-            solve_all = self._by_recursion(session, choice)
+            solve_all = self._by_recursion(session, choice, measure_all)
         else:
             solve_all = solving.on_all_data(
                 session, self._train, choice, size=self._score_batch_size, rtol=self.settings.rtol, seed=self._seed
             )
 
-        def solve(vectors: Params) -> Params:
+        def solve(vectors: Params) -> Solution:
             solution = solve_all(vectors)
             worst = Status(int(solution.status.max()))
             if worst is Status.NOT_FINITE:
@@ -283,11 +343,11 @@ class SimpleInfluence(InfluenceInterpreter):
             if worst.failed:
                 raise SolverError(report.failure_advice(worst, choice.solver, choice.damping, choice.scale), solution)
             self._parts.append(self._judge(session, choice, vectors, solution))
-            return solution.value
+            return solution
 
-        return solve
+        return choice, solve
 
-    def _by_recursion(self, session: Session, choice: Choice) -> Callable[[Params], Solution]:
+    def _by_recursion(self, session: Session, choice: Choice, measure_all: bool) -> Callable[[Params], Solution]:
         """AllenNLP's way: LiSSA on the next batches, the mean over runs, the last iterate of each."""
         solve_each = strategies.inverse_products(session.model, choice.damping, choice.scale)
         drawn = None if self._compat else self._draw(choice.steps)
@@ -297,22 +357,23 @@ class SimpleInfluence(InfluenceInterpreter):
             runs = self._draw(choice.steps) if drawn is None else drawn
             with session.naming("training", self._train, at_work):
                 solutions = [solve_each(vectors, partial(self._batches, session, run, at_work)) for run in runs]
-            value = tree.map(lambda *t: torch.stack(t).mean(0), *(solution.value for solution in solutions))
+            samples = tree.map(lambda *t: torch.stack(t, 1), *(solution.value for solution in solutions))
+            value = tree.map(lambda t: t.mean(1), samples)
             status = torch.stack([solution.status for solution in solutions]).amax(0)
             residual = torch.full_like(solutions[0].relative_residual, torch.nan)
-            if self._measure_residual is not False:
+            if measure_all or self._measure_residual is not False:
                 residual = measurements.relative_residuals(
                     session, self._train, choice.damping, vectors, value, size=self._score_batch_size,
-                    count=self._worth_measuring(len(residual), choice.steps),
+                    count=len(residual) if measure_all else self._worth_measuring(len(residual), choice.steps),
                 )  # fmt: skip
-            return solutions[0]._replace(value=value, status=status, relative_residual=residual)
+            return solutions[0]._replace(
+                value=value, status=status, relative_residual=residual, samples=samples if len(runs) > 1 else {}
+            )
 
         return solve
 
     def _worth_measuring(self, vectors: int, steps: int) -> int:
         """How many residuals: those whose products cost at most a quarter of the solve's, one at least; see class."""
-        if self._measure_residual:
-            return vectors
         multiplied = vectors * steps * self.settings.batch_size * self.settings.num_samples
         return min(vectors, max(1, multiplied // (4 * len(self._train))))
 

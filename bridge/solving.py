@@ -83,8 +83,9 @@ def choose(session: Session, train: Sequence[Any], wanted: LissaSettings, *, see
     rtol = wanted.rtol if free else 1.0  # the last iterate has a noise floor that no number of steps lowers
     try:
         plan = tune_lissa(
-            spectrum, damping=damping, n=len(train), rtol=rtol, batch_size=wanted.batch_size, method=method
-        )
+            spectrum, damping=damping, n=len(train), rtol=rtol, batch_size=wanted.batch_size, method=method,
+            repeats=wanted.num_samples,
+        )  # fmt: skip
     except ValueError as error:
         raise ValueError(f"`SimpleInfluence(ridge=...)` is the damping that {error}") from error
     if free:

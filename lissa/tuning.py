@@ -147,7 +147,7 @@ def tune_lissa(
         n: Number of examples.
         rtol: The relative residual to reach.
         batch_size: Examples a step; the default is the critical batch size.
-        repeats: Independent runs, for an error bar.
+        repeats: Independent runs, for an error bar; full batches and CG draw nothing and need but one.
         method: One of `METHODS`, or `"auto"`: the one of least predicted cost; `"lissa"`: the same without CG.
         noise: From `batch_noise`; the default, and the least that is taken, is the trace.
 
@@ -186,7 +186,8 @@ def tune_lissa(
     def settings(method: str, scale: float, B: int, steps: float, tail: float, epochs: int, passes: float) -> Settings:
         T = math.ceil(steps)
         after = T - math.floor(T * tail)
-        return Settings(method, damping, rtol, scale, B, T, after, epochs, repeats, passes)
+        runs = 1 if method in ("plain", "cg") else repeats
+        return Settings(method, damping, rtol, scale, B, T, after, epochs, runs, runs * passes)
 
     B = min(n, batch_size or math.ceil(noise / largest) if largest > 0 else n)
     scale = largest + damping + noise / B
