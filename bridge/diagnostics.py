@@ -36,7 +36,7 @@ class Diagnostics(NamedTuple):
         relative_residual: `|v - (H + damping I) x| / |v|` on the full training data; NaN if not measured.
         cosine_with_gradient: Cosine of the angle between `x` and `v`; 1 if the inverse Hessian changed nothing.
         correlation_with_plain: Where that cosine is near 1, the correlation of scores with plain gradient products,
-            over a sample of the training data; else NaN.
+            over a sample of the training data, for a few of them; else NaN.
         largest_eigenvalue: Of the Hessian, on a sample, if there was something to warn of; else NaN.
     """
 

@@ -27,6 +27,9 @@ from bridge.session import Session
 from bridge.solving import Choice
 from lissa import Params, Solution, SolverError, Status, checks, index_stream, tree
 
+MOST_CORRELATED = 8
+"""Right-hand sides whose scores are compared with plain gradient products, for a warning."""
+
 
 @InfluenceInterpreter.register("simple-influence")
 class SimpleInfluence(InfluenceInterpreter):
@@ -391,10 +394,12 @@ class SimpleInfluence(InfluenceInterpreter):
 
     def _judge(self, session: Session, choice: Choice, vectors: Params, solution: Solution) -> Diagnostics:
         cosine = measurements.cosines(vectors, solution.value)
-        correlation = torch.full_like(cosine, torch.nan)
-        if bool((cosine >= report.PLAIN_GRADIENT).any()):
-            correlation = measurements.correlations(
-                session, self._train, vectors, solution.value, size=self._score_batch_size, seed=self._seed
+        correlation = torch.full_like(cosine, torch.nan, dtype=torch.float64)
+        plain = (cosine >= report.PLAIN_GRADIENT).nonzero()[:MOST_CORRELATED, 0]
+        if len(plain):
+            v, x = (tree.map(lambda t: t[plain], stack) for stack in (vectors, solution.value))
+            correlation[plain] = measurements.correlations(
+                session, self._train, v, x, size=self._score_batch_size, seed=self._seed
             )
         return Diagnostics(
             solver=choice.solver,

@@ -7,6 +7,7 @@ from torch import nn
 
 from bridge import SimpleInfluence, measurements
 from bridge.diagnostics import InfluenceWarning
+from bridge.simple_influence import MOST_CORRELATED
 from tests.oracles import dense_gradients, dense_hessian
 
 pytestmark = pytest.mark.filterwarnings("ignore::bridge.diagnostics.InfluenceWarning")
@@ -46,6 +47,25 @@ def test_the_defaults_are_measured_against_the_hessian_and_plain_gradients():
     expected = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(plain, scores, strict=True)])
     torch.testing.assert_close(found.correlation_with_plain, expected, rtol=1e-9, atol=0)
     assert float(found.correlation_with_plain.min()) > 0.9999
+
+
+def test_a_few_right_hand_sides_are_compared_with_plain_products():
+    model, pairs, _, _ = problem()
+    influence = SimpleInfluence.from_dataset(model, pairs, loss_fn=F.cross_entropy, progress=False)
+    influence.scores(pairs[: MOST_CORRELATED + 3])
+    measured = ~influence.diagnostics.correlation_with_plain.isnan()
+    assert measured.tolist() == [True] * MOST_CORRELATED + [False] * 3
+
+
+def test_the_default_measures_as_many_residuals_as_add_a_quarter():
+    model, pairs, _, _ = problem()
+    for steps, expected in ((1, 1), (10, 3), (100, 6)):  # 6 solves multiply by 8 examples a step, a residual by 40
+        influence = SimpleInfluence.from_dataset(
+            model, pairs, loss_fn=F.cross_entropy, progress=False, recursion_depth=steps
+        )
+        influence.scores(pairs[:6])
+        residuals = influence.diagnostics.relative_residual
+        assert (~residuals.isnan()).tolist() == [i < expected for i in range(6)]
 
 
 def test_nothing_is_measured_where_nothing_is_wrong():
