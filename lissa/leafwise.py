@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from lissa import tree
@@ -35,8 +36,22 @@ def leafwise(call: str, prepare: Prepare, params: Params, batch: Batch, v: Param
         The product.
     """
     leaves, structure = pytree.tree_flatten((params, batch, v))
+    if _is_constant(leaves):
+        return _apart(prepare, params, batch, v)
     vectors = len(v)
     return dict(zip(params, _Leafwise.apply(call, prepare, structure, vectors, 0, *leaves), strict=True))
+
+
+def _is_constant(leaves: list[Any]) -> bool:
+    """Whether nothing around the call differentiates or vmaps: then there is no transform to leave."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    return not (torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in leaves))
+
+
+def _apart(prepare: Prepare, params: Params, batch: Batch, v: Params) -> Params:
+    with torch.no_grad():
+        return prepare(params, batch, 1)(v)
 
 
 class _Leafwise(torch.autograd.Function):
@@ -48,7 +63,7 @@ class _Leafwise(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         params, batch, v = pytree.tree_unflatten(leaves, structure)
         if not stacked:
-            return tuple(prepare(params, batch, 1)(v).values())
+            return tuple(_apart(prepare, params, batch, v).values())
         shape = next(iter(v.values())).shape[:stacked]
         count = math.prod(shape)
         product = prepare(params, batch, count)
