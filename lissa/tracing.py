@@ -7,17 +7,19 @@ does between the operations.
 
 import dataclasses
 import functools
+import itertools
 import logging
-from collections.abc import Callable, Hashable, Iterator
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch import _inductor as inductor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from lissa import checks
 from lissa.failures import say_once
+from lissa.graph_passes import simplified
 from lissa.kernels import without_onednn
 
 logger = logging.getLogger(__name__)
@@ -91,19 +93,21 @@ def compiled(fn: Callable[..., Any], *, max_traces: int = MAX_TRACES) -> Callabl
     return _specialised("compiled", fn, _compile, max_traces)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Function:
     """`fn` as a function of its tensors alone, under the `vmap`s around it (innermost first).
 
     `structure` is how the tensors and `constants` make up the arguments; `outputs` learns how its results make up the
-    result of `fn`.
+    result of `fn`. `programs` holds, for each layout of the tensors seen so far, its check and what to run.
     """
 
     fn: Callable[..., Any]
     structure: Hashable
     constants: tuple[Any, ...]
-    outputs: list[Any]
+    outputs: list[Any] = dataclasses.field(default_factory=list)
     levels: tuple[tuple[int | None, ...], ...] = ()
+    under: dict[tuple[int | None, ...], "_Function"] = dataclasses.field(default_factory=dict)
+    programs: list[tuple[Callable[..., bool], Program]] = dataclasses.field(default_factory=list)
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -118,8 +122,14 @@ class _Function:
         with torch.no_grad():
             return flat(*tensors)
 
-    def key(self) -> Hashable:
-        return self.structure, tuple((type(c), c) for c in self.constants), self.levels
+    def program(self, tensors: tuple[Tensor, ...]) -> Program | None:
+        """What was built for the layout of these tensors."""
+        return next((program for matches, program in self.programs if matches(*tensors)), None)
+
+    def vmapped(self, in_dims: tuple[int | None, ...]) -> "_Function":
+        if in_dims not in self.under:
+            self.under[in_dims] = dataclasses.replace(self, levels=(*self.levels, in_dims), under={}, programs=[])
+        return self.under[in_dims]
 
 
 Build: TypeAlias = Callable[[_Function, tuple[Tensor, ...]], Program]
@@ -128,19 +138,19 @@ Run: TypeAlias = Callable[..., tuple[Tensor, ...]]
 
 def _specialised(call: str, fn: Callable[..., Any], build: Build, max_traces: int) -> Callable[..., Any]:
     """`fn` by a program for the shapes at hand, which is `build` when they are first seen."""
-    programs: dict[Hashable, Program] = {}
-    outputs: dict[Hashable, list[Any]] = {}
+    functions: dict[Hashable, _Function] = {}
+    traces = itertools.count()
     base, bound_args, bound_kwargs = _unbind(fn)
 
     def run(function: _Function, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """On plain tensors, outside of all transforms."""
-        shapes = tuple([(t.shape, t.stride(), t.dtype, t.device) for t in tensors])
-        key = (function.key(), shapes, torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
-        program = programs.get(key)
+        """On plain tensors that do not require grad, outside of all transforms."""
+        program = function.program(tensors)
+        if program is None:  # a tensor given twice would be recorded as one argument, and its check fails
+            tensors = tuple(t.detach() for t in tensors)
+            program = function.program(tensors)
         if program is not None:
-            with torch.no_grad():
-                return tuple(program(*tensors))
-        if len(programs) >= max_traces:
+            return program(*tensors)
+        if next(traces) >= max_traces:
             say_once(
                 logger,
                 f"{call}(max_traces={max_traces}) met more shapes than that: further ones run as they are. Use batches "
@@ -148,7 +158,7 @@ def _specialised(call: str, fn: Callable[..., Any], build: Build, max_traces: in
             )
             return function(*tensors)
         expected = function(*tensors)
-        programs[key] = _checked(call, build, function, tensors, expected)
+        function.programs.append((_layout(tensors), _checked(call, build, function, tensors, expected)))
         return expected
 
     @functools.wraps(base)
@@ -160,36 +170,81 @@ def _specialised(call: str, fn: Callable[..., Any], build: Build, max_traces: in
         except _OpaqueError as error:
             say_once(logger, f"{call}(...) runs its function as it is: {error}")
             return fn(*args, **kwargs)
-        function = _Function(base, structure, tuple(constants), outputs.setdefault((structure, *constants), []))
+        autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+        key = structure, tuple([(type(c), c) for c in constants]), autocast  # with types, as 1 == 1.0 == True
+        function = functions.get(key)
+        if function is None:
+            function = functions[key] = _Function(base, structure, tuple(constants))
         # What autograd.Function.apply itself asks; to ask first saves its 15 microseconds.
         if torch._C._are_functorch_transforms_active():
             results = _Replay.apply(run, function, *tensors)
         else:
-            results = run(function, *(t.detach() if t.requires_grad else t for t in tensors))
+            results = run(function, *[t if type(t) is Tensor and not t.requires_grad else t.detach() for t in tensors])
         return _unflatten(function.outputs[0], iter(results), iter(function.outputs[1]))
 
     return wrapper
 
 
-def _record(function: _Function, tensors: tuple[Tensor, ...]) -> Program:
-    """The operations of `function`, without those whose result is not used.
+def _record(function: _Function, tensors: tuple[Tensor, ...]) -> torch.fx.GraphModule:
+    """The operations of `function`, without those whose result is not used, in fewer and larger matrix products.
 
     Recorded on tensors without data, so that an operation that would look into them fails instead of being fixed.
     """
     with without_onednn():
         graph = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
     graph.graph.eliminate_dead_code()
-    graph.recompile()
-    return graph
+    return simplified(graph)
 
 
 def _compile(function: _Function, tensors: tuple[Tensor, ...]) -> Program:
     recording = _record(function, tensors)
     try:
-        return inductor.compile(recording, list(tensors))  # type: ignore[arg-type]
+        return _machine_code(recording, tensors)
     except Exception as error:  # whatever a missing or broken compiler raises
         say_once(logger, f"compiled(...) cannot compile here and replays its recording: {_first_line(error)}")
         return recording
+
+
+def _machine_code(recording: torch.fx.GraphModule, tensors: tuple[Tensor, ...]) -> Program:
+    """The recording compiled by TorchInductor, without its wrappers where they do nothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, on import; it takes seconds, so only who compiles pays for it
+        from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    kernels: list[Any] = []
+
+    def keep(*args: Any, **options: Any) -> Any:
+        kernels.append(compile_fx_inner(*args, **options))
+        return kernels[-1]
+
+    program: Any = compile_fx(recording, list(tensors), inner_compile=keep)  # type: ignore[arg-type]
+    with torch.no_grad():
+        results = program(*tensors)
+    return _without_wrappers(kernels, tensors, results) or program
+
+
+def _without_wrappers(kernels: list[Any], tensors: tuple[Tensor, ...], results: Sequence[Tensor]) -> Program | None:
+    """The generated code itself, where it maps these tensors to these results: it is the whole program.
+
+    TorchInductor's wrappers care for arguments that are written to and results that are views of them, in 10 to 20
+    microseconds a call, as long as a small product takes.
+    """
+    call = getattr(kernels[0], "current_callable", None) if len(kernels) == 1 else None
+    if call is None:
+        return None
+    try:
+        bare = call(list(tensors))
+    except Exception:  # it takes other arguments
+        return None
+    owned = {t.untyped_storage().data_ptr() for t in tensors}
+    if len(bare) != len(results) or any(
+        not isinstance(b, Tensor)
+        or (b.shape, b.stride(), b.dtype, b.device) != (r.shape, r.stride(), r.dtype, r.device)
+        or not torch.equal(b.nan_to_num(), r.nan_to_num())
+        or b.untyped_storage().data_ptr() in owned
+        for b, r in zip(bare, results, strict=True)
+    ):
+        return None
+    return lambda *tensors: call(list(tensors))
 
 
 def _checked(
@@ -226,7 +281,7 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         run, function, *tensors = args
-        results = _Replay.apply(run, dataclasses.replace(function, levels=(*function.levels, in_dims[2:])), *tensors)
+        results = _Replay.apply(run, function.vmapped(in_dims[2:]), *tensors)
         return results, (0,) * len(results)
 
     @staticmethod
@@ -257,13 +312,22 @@ def _flatten(value: Any, tensors: list[Tensor], constants: list[Any]) -> Hashabl
     torch's own pytrees take 15 microseconds where this takes 2: as long as a small compiled product.
     """
     kind = type(value)
+    if kind is Tensor:
+        tensors.append(value)
+        return Tensor
+    if kind is tuple or kind is dict or isinstance(value, (tuple, list, dict)):
+        parts = []
+        is_dict = isinstance(value, dict)
+        for part in value.values() if is_dict else value:
+            if type(part) is Tensor:  # most are: the call would take longer than the rest
+                tensors.append(part)
+                parts.append(Tensor)
+            else:
+                parts.append(_flatten(part, tensors, constants))
+        return kind, tuple(value) if is_dict else None, tuple(parts)
     if isinstance(value, Tensor):
         tensors.append(value)
         return Tensor
-    if isinstance(value, dict):
-        return kind, tuple(value), tuple([_flatten(v, tensors, constants) for v in value.values()])
-    if isinstance(value, (tuple, list)):
-        return kind, None, tuple([_flatten(v, tensors, constants) for v in value])
     if isinstance(value, _CONSTANTS) or callable(value):
         constants.append(value)
         return None
@@ -284,6 +348,17 @@ def _unflatten(structure: Any, tensors: Iterator[Tensor], constants: Iterator[An
     if keys is not None:
         return kind(zip(keys, values, strict=True))
     return kind(*values) if hasattr(kind, "_fields") else kind(values)
+
+
+def _layout(tensors: tuple[Tensor, ...]) -> Callable[..., bool]:
+    """Whether tensors have the shapes, strides, dtypes and devices of these, and none is given twice.
+
+    Checked by torch.compile's own guards, in a microsecond where Python takes 20.
+    """
+    if not tensors:
+        return lambda: True
+    guards: Any = torch._C._dynamo.guards  # type: ignore[attr-defined]
+    return guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
 
 
 def _unbind(fn: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:

@@ -192,7 +192,7 @@ def test_is_a_constant_to_autograd():
 
 
 def test_a_replay_that_differs_is_not_used(monkeypatch, caplog):
-    monkeypatch.setattr(tracing, "make_fx", lambda fn, **_: lambda *_: torch.fx.symbolic_trace(lambda x: x * 2.1))
+    monkeypatch.setattr(tracing, "_record", lambda function, tensors: lambda x: (x * 2.1,))
 
     fn = traced(lambda x: x * 2)
 
@@ -216,11 +216,74 @@ def test_compiled_gives_the_products_of_the_function_itself(batch_size):
     assert relative_error(flatten(stacked), expected) <= 1e-12
 
 
+def test_what_is_compiled_is_run_without_wrappers(monkeypatch, caplog):
+    built = []
+
+    def keep(*args):
+        built.append(machine_code(*args))
+        return built[-1]
+
+    machine_code = tracing._machine_code
+    monkeypatch.setattr(tracing, "_machine_code", keep)
+    fn = compiled(lambda x, y: (x @ y, x.sum()))
+    x, y = torch.randn(2, 2, 3).unbind()
+
+    for _ in range(2):
+        product, total = fn(x, y.t())
+        assert torch.allclose(product, x @ y.t())
+        assert torch.allclose(total, x.sum())
+
+    assert [program.__qualname__ for program in built] == ["_without_wrappers.<locals>.<lambda>"]
+    assert not [r for r in caplog.records if r.name == "lissa.tracing"]
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x, y: (x, y + 1),  # a result that is an argument
+        lambda x, y: (x.t(), y + 1),  # or a view of it
+        lambda x, y: (y.sin(), torch.ones(2)),
+    ],
+)
+def test_compiled_keeps_results_that_are_not_new(fn):
+    f = compiled(fn)
+
+    for seed in range(3):
+        x, y = torch.randn(2, 2, 2, generator=torch.Generator().manual_seed(seed)).unbind()
+        assert all(torch.equal(got, expected) for got, expected in zip(f(x, y), fn(x, y), strict=True))
+
+
+@pytest.mark.parametrize("make", [traced, compiled])
+def test_the_same_tensor_may_be_given_twice(make):
+    counted, calls = counting(lambda x, y: x * 2 + y)
+    fn = make(counted)
+    x, y = torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0])
+
+    for _ in range(2):
+        assert fn(x, x).tolist() == [3.0, 6.0]
+        assert fn(x, y).tolist() == [12.0, 24.0]
+        assert fn(y, x).tolist() == [21.0, 42.0]
+
+    assert len(calls) == 2
+
+
+def test_layouts_and_dtypes_are_told_apart():
+    counted, calls = counting(lambda x: x.reshape(-1) * 2)
+    fn = traced(counted)
+    x = torch.arange(6.0).reshape(2, 3)
+
+    for _ in range(2):
+        for t in (x, x.double(), x.t().contiguous().t(), torch.nn.Parameter(x)):
+            assert torch.equal(fn(t), t.detach().reshape(-1) * 2)
+
+    assert len(calls) == 2 * 3
+
+
 def test_without_a_compiler_the_recording_is_replayed_and_the_log_says_so_once(monkeypatch, caplog):
-    def no_compiler(*_):
+    def no_compiler(*_, **__):
         raise RuntimeError("No working C++ compiler found\nand more")
 
-    monkeypatch.setattr(tracing.inductor, "compile", no_compiler)
+    monkeypatch.setattr(tracing, "_machine_code", no_compiler)
     counted, calls = counting(lambda x: x * 2)
     fn = compiled(counted)
 
