@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.hvp.claims import in_words, verdicts
 from benchmarks.hvp.models import FULL, MODELS, QUICK, Row
 from benchmarks.hvp.report import markdown, plot
 from benchmarks.hvp.strategies import PLAIN, available, gradient
@@ -102,7 +103,7 @@ def main() -> None:
         print(markdown(rows[-1:]), flush=True)
         if not (arguments.model or arguments.strategy):  # a part is not the table
             save(rows, arguments.output, f"hvp-{'quick-' if arguments.quick else ''}{arguments.device}")
-    print(markdown(rows))
+    print(f"{markdown(rows)}\n\n{in_words(verdicts(rows))}")
 
 
 def save(rows: list[dict[str, Any]], folder: Path, name: str) -> None:
@@ -110,7 +111,7 @@ def save(rows: list[dict[str, Any]], folder: Path, name: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     record = {"environment": environment(), "rows": rows}
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    (folder / f"{name}.md").write_text(markdown(rows) + "\n")
+    (folder / f"{name}.md").write_text(f"{markdown(rows)}\n\n{in_words(verdicts(rows))}\n")
     plot(rows, folder / f"{name}.png")
 
 

@@ -44,7 +44,7 @@ def each(one: Callable[[Params], list[Tensor]], vectors: Params, count: int) -> 
 
 
 def plain_double_backward(problem: Problem, vectors: Params, count: int) -> Run:
-    """`torch.autograd.grad` twice, as AllenNLP does and people write by hand."""
+    """`torch.autograd.grad` twice, as AllenNLP does and people write by hand; dense, as solvers need it."""
 
     def one(v: Params) -> list[Tensor]:
         leaves = {k: p.detach().requires_grad_() for k, p in problem.params.items()}
@@ -54,7 +54,8 @@ def plain_double_backward(problem: Problem, vectors: Params, count: int) -> Run:
         grads = [g.to_dense() if g.is_sparse else g for g in grads]
         curved = [(g, v[k]) for k, g in zip(leaves, grads, strict=True) if g.requires_grad]
         outputs, cotangents = zip(*curved, strict=True)
-        return list(torch.autograd.grad(outputs, parameters, cotangents, materialize_grads=True))
+        products = torch.autograd.grad(outputs, parameters, cotangents, materialize_grads=True)
+        return [t.to_dense() if t.is_sparse else t for t in products]
 
     return with_kernels(each(one, vectors, count))
 
