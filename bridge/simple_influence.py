@@ -303,6 +303,10 @@ class SimpleInfluence(InfluenceInterpreter):
         with self._session() as session:
             self._train.gather()
             choice, solve = self._solutions(session, measure_all=True)
+            if not smallest + choice.damping > 0:
+                raise ValueError(
+                    f"`{call}(smallest=...)` must have smallest + damping > 0, got {smallest:g} + {choice.damping:g}."
+                )
             size = max(1, self._vectors_at_once(session) // (1 + self.settings.num_samples))
             for start in range(0, len(tests), size):
                 chosen = range(start, min(start + size, len(tests)))
