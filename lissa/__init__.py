@@ -18,6 +18,7 @@ from lissa.hvp import (
     hvp_reverse_over_reverse,
 )
 from lissa.influence import influence_scores, per_example_gradients
+from lissa.leave_one_out import leave_one_out_scores
 from lissa.operators import mean_matvec
 from lissa.preconditioners import diagonal_preconditioner, nystroem_preconditioner
 from lissa.ranking import Ranking, ranking_init, ranking_update
@@ -73,6 +74,7 @@ __all__ = [
     "index_stream",
     "influence_scores",
     "least_damping",
+    "leave_one_out_scores",
     "linearised_hvp",
     "lissa_init",
     "lissa_update",

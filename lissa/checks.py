@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lissa import tree
 from lissa.types import Params
 
 
@@ -46,6 +47,21 @@ def vector(call: str, like: Params, value: Any, name: str = "v", of: str = "para
                     f"`{call}({name}=...)` must have the {attribute} of {of}: {key!r} has {_plain(expected)}, "
                     f"got {_plain(got)}."
                 )
+
+
+def is_stacked(call: str, like: Params, value: Any, name: str) -> bool:
+    """Whether `value` holds K vectors, each tensor with one more dimension in front, after checking that it fits."""
+    params(call, value, name)
+    extra = {value[k].ndim - p.ndim for k, p in like.items() if k in value}
+    stacked = extra == {1}
+    one = tree.map(lambda t: t[0], value) if stacked and all(len(t) for t in value.values()) else value
+    vector(call, like, one, name)
+    if stacked and len({len(t) for t in value.values()}) != 1:
+        raise ValueError(
+            f"`{call}({name}=...)` must hold equally many vectors under each key, got "
+            f"{ {k: len(t) for k, t in value.items()} }."
+        )
+    return stacked
 
 
 def scalar_loss(

@@ -31,6 +31,8 @@ class DualInfluence(NamedTuple):
 
     Attributes:
         scores: `+ grad_i . (G + damping I)^-1 grad_t`, shape `(T, n)`; positive = helpful.
+        leave_one_out: `+ grad_i . (G - G_i / n + damping I)^-1 grad_t`, shape `(T, n)`: one Newton step of retraining
+            without example i, whose own part of G is `G_i / n`. `scores` leave it in: see `leave_one_out_scores`.
         self_influence: `+ grad_i . (G + damping I)^-1 grad_i` of the training examples, shape `(n,)`.
         relative_residual: `|grad_t - (G + damping I) x_t| / |grad_t|` of the solution behind each row, shape `(T,)`,
             as the Gram matrix has it: what the factorisation lost. Roundings of the Gram matrix itself come on top:
@@ -40,6 +42,7 @@ class DualInfluence(NamedTuple):
     """
 
     scores: Tensor
+    leave_one_out: Tensor
     self_influence: Tensor
     relative_residual: Tensor
     cosine: Tensor
@@ -129,17 +132,23 @@ def dual_influence(
         g_g = torch.einsum("tm,tmk,tk->t", slopes, own, slopes)
         return J_g, factor_J_g, g_g, torch.cholesky_solve(factor_J_g.mT, factor).mT
 
+    # Q_i = J_i (G + damping I)^-1 J_i^T; by Woodbury once more, the slopes without i are (1 - D_i Q_i / n)^-1 slopes.
+    whitened = torch.linalg.solve_triangular(factor, _times_blocks(K, L).mT, upper=False).reshape(-1, n, m)
+    Q = (_diagonal_blocks(K, m) - torch.einsum("rni,rnk->nik", whitened, whitened)) / damping
+    without = torch.linalg.solve(torch.eye(m).to(Q) - L @ L.mT @ Q / n, slopes.unsqueeze(-1)).squeeze(-1)
+
     _, factor_J_g, g_g, c = solved(slopes, K, _diagonal_blocks(K, m))
     self_influence = (g_g - (c * factor_J_g).sum(1)) / damping
     J_g, factor_J_g, g_g, c = solved(test_slopes, cross, own)
     J_x = (J_g - _times_blocks(c, L.mT) @ K) / damping  # x = (g - J^T L c) / damping
-    scores = torch.einsum("tnm,nm->tn", J_x.reshape(-1, n, m), slopes)
+    scores, leave_one_out = (torch.einsum("tnm,nm->tn", J_x.reshape(-1, n, m), s) for s in (slopes, without))
     x_g = (g_g - (c * factor_J_g).sum(1)) / damping
     x_x = (g_g - 2 * (c * factor_J_g).sum(1) + (c * (c @ A)).sum(1)) / damping**2
     left = factor_J_g - c @ shifted
     residual = (left * (left @ A)).sum(1).clamp(min=0).sqrt() / (n * damping)
     return DualInfluence(
         scores,
+        leave_one_out,
         self_influence,
         (residual / g_g.sqrt()).nan_to_num(0.0),
         (x_g / (g_g * x_x).clamp(min=0).sqrt()).nan_to_num(0.0),

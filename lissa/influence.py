@@ -68,7 +68,7 @@ def influence_scores(
     if chunk_size is not None:
         checks.count("influence_scores", "chunk_size", chunk_size)
     checks.params("influence_scores", params)
-    stacked = _is_stacked(params, ihvp)
+    stacked = checks.is_stacked("influence_scores", params, ihvp, "ihvp")
     ihvp = {k: ihvp[k] for k in params}
     example_loss = _example_loss_of_params(example_loss_fn, batch)
 
@@ -119,21 +119,6 @@ def per_example_gradients(
 
     in_dims = pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, batch)
     return torch.vmap(grad(loss_of_one), in_dims=(None, in_dims), chunk_size=chunk_size)(params, batch)
-
-
-def _is_stacked(params: Params, ihvp: Params) -> bool:
-    """Whether `ihvp` holds K vectors, each tensor with one more dimension in front, after checking that it fits."""
-    checks.params("influence_scores", ihvp, "ihvp")
-    extra = {ihvp[k].ndim - p.ndim for k, p in params.items() if k in ihvp}
-    stacked = extra == {1}
-    one = tree.map(lambda t: t[0], ihvp) if stacked and all(len(t) for t in ihvp.values()) else ihvp
-    checks.vector("influence_scores", params, one, "ihvp")
-    if stacked and len({len(t) for t in ihvp.values()}) != 1:
-        raise ValueError(
-            "`influence_scores(ihvp=...)` must hold equally many vectors under each key, got "
-            f"{ {k: len(t) for k, t in ihvp.items()} }."
-        )
-    return stacked
 
 
 def _rows(stack: Tensor) -> Tensor:

@@ -55,6 +55,22 @@ def test_scores_are_those_of_the_dense_matrix(name, most_rows):
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
+def test_leaving_one_out_takes_its_curvature_out_of_the_dense_matrix(name):
+    problem = PROBLEMS[name]
+    train, test = take(problem.batch, slice(0, 7)), take(problem.batch, slice(7, 9))
+    G = dense_gauss_newton(problem, train) + DAMPING * torch.eye(len(flatten(problem.params)), dtype=torch.float64)
+    g_train, g_test = (dense_gradients(problem.example_loss_fn, problem.params, batch) for batch in (train, test))
+    columns = [
+        g_test @ torch.linalg.solve(G - dense_gauss_newton(problem, take(train, slice(i, i + 1))) / 7, g_train[i])
+        for i in range(7)
+    ]
+
+    got = solve(problem, split(train, 3, 1, 3), split(test, 1, 1))
+
+    assert relative_error(got.leave_one_out, torch.stack(columns, 1)) <= 1e-10
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
 def test_without_test_examples_the_diagonal_is_self_influence(name):
     problem = PROBLEMS[name]
     batches = split(problem.batch, 4, 5)
