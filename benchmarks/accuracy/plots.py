@@ -30,8 +30,9 @@ def leave_one_out(result: dict, path: Path) -> None:
     changes = np.array(result["changes"])
     ends = [min(changes), max(changes)]
     axes.plot(ends, ends, color="0.6", linewidth=1, label="equal")
-    axes.plot(result["allennlp_defaults"]["predicted"], changes, "x", color="C1", label="AllenNLP's defaults")
-    axes.plot(result["tuned"]["predicted"], changes, "o", color="C0", markersize=4, label="tuned")
+    marks = {"AllenNLP's defaults": "x", "tuned, first order": "o", "tuned, own curvature taken out": "s"}
+    for i, (name, mark) in enumerate(marks.items()):
+        axes.plot(result[name]["predicted"], changes, mark, color=f"C{i}", markersize=4, label=name)
     axes.set(xlabel="score / n", ylabel="change of the test loss after a refit", title=result["task"])
     axes.legend(fontsize="small")
     save(figure, path)

@@ -8,6 +8,7 @@ the spectrum here and the other runs of the grid there, is counted apart.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -49,8 +50,10 @@ class Curvature(NamedTuple):
         return r.norm(dim=-1) / v["flat"].norm(dim=-1)
 
 
-def run(seeds: int = 20) -> dict:
-    rows = []
+def run(seeds: int, save: Callable[[dict], object]) -> dict:
+    """`save` gets the result after each row: all rows together take an hour."""
+    result: dict = {"n": N, "rtol": RTOL, "rows": []}
+    rows = result["rows"]
     for name in ZOO:
         problems = [ZOO[name](seed=seed, batch_size=N) for seed in range(seeds)]
         curvatures = [Curvature(factors(problem)) for problem in problems]
@@ -59,7 +62,8 @@ def run(seeds: int = 20) -> dict:
             found = [one(*pair, condition, i) for i, pair in enumerate(zip(curvatures, vectors, strict=True))]
             rows.append({"model": name, "condition": condition, "seeds": seeds, **summary(found)})
             print(in_words(rows[-1]), flush=True)
-    return {"n": N, "rtol": RTOL, "rows": rows}
+            save(result)
+    return result
 
 
 def one(curvature: Curvature, v: dict, condition: float, seed: int) -> dict:
