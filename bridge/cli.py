@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from bridge import results
 from bridge.files import InputError
+from bridge.settings import SOLVER_NAMES
 
 if TYPE_CHECKING:
     from bridge.job import Job
@@ -141,7 +142,11 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         r"given several times (all parameters). Example: --params 'classifier|bert\.encoder\.layer\.5'",
     )
     settings.add_argument(
-        "--solver", choices=("lissa", "cg", "minres", "dense", "auto"), default="auto", help="(%(default)s)"
+        "--solver",
+        choices=SOLVER_NAMES,
+        help="gauss-newton (H is the Gauss-Newton matrix; all examples are solved for at once): the default for a "
+        "model directory with up to some thousand training examples; auto, the cheapest of LiSSA's ways and CG on the "
+        "Hessian: the default otherwise, and where --scale or --steps are given",
     )
     settings.add_argument(
         "--ridge",
@@ -188,7 +193,7 @@ def _run(arguments: argparse.Namespace) -> int:
             f"k = {arguments.k} is more than the {len(job.train)} training examples: all are ranked.", file=sys.stderr
         )
     path = arguments.out / f"influence.{arguments.format}"
-    solved = run.explain(job, _settings(arguments), arguments.k, path)
+    solved = run.explain(job, _settings(arguments, job), arguments.k, path)
     return _finish(arguments, job, solved, path)
 
 
@@ -198,7 +203,7 @@ def _self(arguments: argparse.Namespace) -> int:
     _writable(arguments)
     job = _job(arguments, needs_test=False)
     path = arguments.out / f"self_influence.{arguments.format}"
-    solved = run.rank_by_self_influence(job, _settings(arguments), path)
+    solved = run.rank_by_self_influence(job, _settings(arguments, job), path)
     return _finish(arguments, job, solved, path)
 
 
@@ -206,7 +211,7 @@ def _check(arguments: argparse.Namespace) -> int:
     from bridge import run
 
     job = _job(arguments, needs_test=False)
-    settings = _settings(arguments)
+    settings = _settings(arguments, job)
     print(f"{len(job.train)} training examples; influence in {run.parameters(job, settings)} parameters.")
     found = run.check(job, settings)
     print(found.in_words())
@@ -265,12 +270,13 @@ def _from_directory(arguments: argparse.Namespace, directory: Path, device: "obj
     )
 
 
-def _settings(arguments: argparse.Namespace) -> "Settings":
+def _settings(arguments: argparse.Namespace, job: "Job") -> "Settings":
     from bridge.run import Settings
 
+    for_lissa = (arguments.scale, arguments.steps) != ("auto", "auto")
     return Settings(
         params=tuple(arguments.params),
-        solver=arguments.solver,
+        solver=arguments.solver or ("auto" if for_lissa else job.solver),
         ridge=arguments.ridge,
         scale=arguments.scale,
         steps=arguments.steps,
@@ -299,7 +305,7 @@ def _finish(arguments: argparse.Namespace, job: "Job", solved: "Solved", table: 
     """Says what was solved, and writes the settings and the report."""
     from bridge import report, run
 
-    settings = report.repeatable(arguments.command_line, job, _settings(arguments), solved.diagnostics)
+    settings = report.repeatable(arguments.command_line, job, _settings(arguments, job), solved.diagnostics)
     written = [table, report.write_settings(arguments.out / "settings.json", settings)]
     if not arguments.no_report:
         written.append(

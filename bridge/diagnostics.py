@@ -67,6 +67,8 @@ class Diagnostics(NamedTuple):
         return " ".join(lines + self.problems())
 
     def _way(self) -> str:
+        if self.solver == "gauss-newton":
+            return f"at once in the space of outputs, H being the Gauss-Newton matrix of {self.examples} examples"
         if not self.solver.startswith("lissa"):
             return f"by {self.solver} in at most {self.steps} steps on all {self.examples} training examples"
         runs = "run" if self.num_samples == 1 else "runs"

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
+from bridge import output_space
 from bridge.attention import masks_always_made
+from bridge.output_space import OutputLoss
 from lissa import Batch, ExampleLossFn, LossFn, Params, tree
 from lissa.kernels import twice_differentiable
+from lissa.types import OutputFn, OutputLossFn
 
 logger = logging.getLogger(__name__)
-
-OutputLoss = Callable[[Any, Any], Tensor]
-"""`loss_fn(model(x), y) -> ()`, the mean loss of the pairs in a batch."""
 
 
 class MissingLossError(ValueError):
@@ -38,11 +38,15 @@ class Functional(NamedTuple):
         params: The parameters that influence is measured in; detached, on the device where work is done.
         loss_fn: `loss_fn(params, batch) -> ()`, the loss the model reports for a batch.
         device: Where batches must be.
+        output_fn: `output_fn(params, batch) -> (B, m)`, what that loss is a function of; see `bridge.output_space`.
+        output_loss_fn: `output_loss_fn(outputs, batch) -> ()`, so that it is `loss_fn` of `output_fn`.
     """
 
     params: Params
     loss_fn: LossFn
     device: torch.device
+    output_fn: OutputFn
+    output_loss_fn: OutputLossFn
 
 
 @contextmanager
@@ -128,17 +132,26 @@ def functional(
     params = {name: parameters.pop(name) for name in names}
     keeps_state = _keeps_state(module)
 
-    def loss_fn(params: Params, batch: Batch) -> Tensor:
+    def call(params: Params) -> Callable[..., Any]:
         state = {**parameters, **params, **{name: b.clone() for name, b in buffers.items()}}
         fresh = _copy_sharing_parameters(module) if keeps_state else module
-        loss = _loss(partial(functional_call, fresh, state), batch, output_loss)
+        return partial(functional_call, fresh, state)
+
+    def loss_fn(params: Params, batch: Batch) -> Tensor:
+        loss = _loss(call(params), batch, output_loss)
         if loss.numel() != 1:
             raise ValueError(
                 f"The loss must be a scalar, the mean loss of the batch, got shape {tuple(loss.shape)}. Add `.mean()`."
             )
         return loss.reshape(())
 
-    return Functional(params, loss_fn, device)
+    def output_fn(params: Params, batch: Batch) -> Tensor:
+        return output_space.output(call(params), batch, output_loss)
+
+    def output_loss_fn(z: Tensor, batch: Batch) -> Tensor:
+        return output_space.loss(z, batch, output_loss)
+
+    return Functional(params, loss_fn, device, output_fn, output_loss_fn)
 
 
 def example_losses(loss_fn: LossFn) -> ExampleLossFn:

@@ -10,10 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bridge import files
+from bridge import files, gauss_newton
 from bridge.data import CollateFn
 from bridge.files import InputError, Row
 from bridge.job import Example, Job
+
+MOST_OUTPUTS = 2**13
+"""Up to so many outputs of all training examples, Gauss-Newton influence is the solver that suits: it takes minutes
+where the others multiply by all the data for each test example."""
 
 PAD_TO = 8
 """Lengths are padded to multiples of this, so that examples of about one length can be computed together."""
@@ -93,9 +97,19 @@ def from_directory(
         name = str(names.get(best, best))
         return str(best) if str(best) in known else name
 
+    outputs = len(data["train"]) * (config.num_labels - 1)
     return Job(
-        model, data["train"], data.get("test", ()), show, None, collate_fn, predict, "line", tuple(notes)
-    )  # fmt: skip
+        model,
+        data["train"],
+        data.get("test", ()),
+        show,
+        None,
+        collate_fn,
+        predict,
+        "line",
+        tuple(notes),
+        solver=gauss_newton.NAME if 0 < outputs <= MOST_OUTPUTS else "auto",
+    )
 
 
 def label_ids(config: Any) -> dict[str, int]:

@@ -144,9 +144,9 @@ class InfluenceInterpreter(FromArchive):
         with self._session() as session:
             self._train.gather()
             blocks = []
-            for _, ihvps in self._solved(session, tests):
-                block = torch.zeros(strategies.length(ihvps), len(self._train))
-                for indices, scores in self._train_scores(session, ihvps):
+            for losses, parts in self._scored(session, tests):
+                block = torch.zeros(len(losses), len(self._train))
+                for indices, scores in parts:
                     block = block.to(scores.dtype)
                     block[:, indices] = scores.cpu()
                 blocks.append(block)
@@ -260,9 +260,9 @@ class InfluenceInterpreter(FromArchive):
             test_losses: list[float] = []
             helpful: list[list[tuple[int, float]]] = []
             harmful: list[list[tuple[int, float]]] = []
-            for losses, ihvps in self._solved(session, tests):
+            for losses, parts in self._scored(session, tests):
                 ranking = None
-                for indices, scores in self._train_scores(session, ihvps):
+                for indices, scores in parts:
                     ranking = ranking or ranking_init(scores, k)
                     ranking = ranking_update(ranking, scores, torch.tensor(indices, device=scores.device), k=k)
                 test_losses += losses.tolist()
@@ -276,6 +276,11 @@ class InfluenceInterpreter(FromArchive):
             return [InstanceInfluence(self._train[i], train_losses[i], score) for i, score in row]
 
         return [BothEnds(test, test_losses[t], named(helpful[t]), named(harmful[t])) for t, test in enumerate(tests)]
+
+    def _scored(self, session: Session, tests: Rows) -> Iterator[tuple[Tensor, Iterator[tuple[list[int], Tensor]]]]:
+        """Test losses, and indices and scores of training instances: a group of test instances at a time."""
+        for losses, ihvps in self._solved(session, tests):
+            yield losses, self._train_scores(session, ihvps)
 
     def _solved(self, session: Session, tests: Rows) -> Iterator[tuple[Tensor, Params]]:
         """Test losses, and solutions for the test gradients, stacked: a group of test instances at a time."""

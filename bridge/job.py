@@ -48,6 +48,7 @@ class Job(NamedTuple):
         predict: `predict(instance) -> label`, if known.
         place: What `Example.place` counts: "line" or "index".
         notes: What the user should know of the data although it can be used.
+        solver: Of `SimpleInfluence`, where the user asks for none.
     """
 
     model: nn.Module
@@ -59,6 +60,7 @@ class Job(NamedTuple):
     predict: Callable[[Any], str] | None = None
     place: str = "index"
     notes: tuple[str, ...] = ()
+    solver: str = "auto"
 
 
 class Numbered(Sequence[tuple[int, Any]]):

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from bridge import diagnostics, progress, results, strategies
+from bridge import diagnostics, gauss_newton, progress, results, strategies
 from bridge.data import collate
 from bridge.diagnostics import Diagnostics, InfluenceWarning
 from bridge.functional import evaluation, functional
@@ -130,7 +130,8 @@ def explain(job: Job, settings: Settings, k: int, path: Path) -> Solved:
 
     with _kept(path, _columns(job.place), explained, f"{len(tests)} test examples") as table:
         parts = []
-        for found, part in _groups(job, settings, names, len(tests), GROUP, "test examples", rank):
+        size = len(tests) if settings.solver == gauss_newton.NAME else GROUP
+        for found, part in _groups(job, settings, names, len(tests), size, "test examples", rank):
             table.write([row for one in found for row in _rows(one, job.place)])
             explained += found
             parts.append(part)
@@ -156,6 +157,13 @@ def rank_by_self_influence(job: Job, settings: Settings, path: Path) -> Solved:
     train = Numbered(job.train)
     ranked: list[Ranked] = []
 
+    def score_all(influence: SimpleInfluence, group: range) -> list[Ranked]:
+        scores = influence.self_influence().tolist()
+        with evaluation(job.model) as module:
+            session = Session(functional(module, [], output_loss=job.loss_fn), _collate(job), settings.progress)
+            losses = session.losses("training", train, group)
+        return [Ranked(job.show("train", i, train[i][1]), losses[i], scores[i]) for i in group]
+
     def score(influence: SimpleInfluence, group: range) -> list[Ranked]:
         ihvps = strategies.rows(influence.inverse_hvps([train[i] for i in group]))
         found = []
@@ -167,11 +175,13 @@ def rank_by_self_influence(job: Job, settings: Settings, path: Path) -> Solved:
                 found.append(Ranked(job.show("train", i, train[i][1]), float(loss), float(tree.vdot(gradient, ihvp))))
         return found
 
-    size = max(1, min(SELF_GROUP, strategies.STACK_LIMIT // _numel(job, names)))
+    at_once = settings.solver == gauss_newton.NAME
+    size = len(train) if at_once else max(1, min(SELF_GROUP, strategies.STACK_LIMIT // _numel(job, names)))
     columns = ["rank", job.place, "label", "loss", "self_influence", "text"]
     with _kept(path, columns, ranked, f"{len(train)} training examples") as table:
         parts = []
-        for found, part in _groups(job, settings, names, len(train), size, "training examples", score):
+        work = score_all if at_once else score
+        for found, part in _groups(job, settings, names, len(train), size, "training examples", work):
             table.write([_self_row(job.place, None, one) for one in found])
             ranked += found
             parts.append(part)
@@ -199,7 +209,8 @@ def check(job: Job, settings: Settings) -> Diagnostics:
     examples = Numbered(job.test or job.train)
 
     def solve(influence: SimpleInfluence, group: range) -> list[Any]:
-        influence.inverse_hvps([examples[i] for i in group])
+        chosen = [examples[i] for i in group]
+        _ = influence.scores(chosen) if settings.solver == gauss_newton.NAME else influence.inverse_hvps(chosen)
         return []
 
     count = min(PROBES, len(examples))

@@ -18,7 +18,7 @@ DEFAULT_DAMPING = float("3e-3")
 """AllenNLP's default. An object of its own, so that `damping is DEFAULT_DAMPING` tells whether damping was given."""
 
 
-SOLVER_NAMES = ("lissa", "cg", "minres", "dense", "auto")
+SOLVER_NAMES = ("lissa", "cg", "minres", "dense", "gauss-newton", "auto")
 
 
 class LissaSettings(NamedTuple):

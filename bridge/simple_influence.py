@@ -16,16 +16,17 @@ from torch.utils.data import Dataset
 
 from bridge import compat as allennlp_order
 from bridge import diagnostics as report
-from bridge import measurements, progress, settings, solving, strategies
+from bridge import gauss_newton, measurements, progress, settings, solving, strategies
 from bridge.data import CollateFn, DatasetReader, Lazy, LazyLoader, SimpleDataLoader, check_dataset
 from bridge.diagnostics import Diagnostics, InfluenceWarning
 from bridge.error_bars import error_bars
 from bridge.functional import OutputLoss, evaluation, functional
 from bridge.interpreter import SCORE_BATCH_SIZE, InfluenceInterpreter, InstanceWithGrads, Solve
 from bridge.outputs import EstimatedOutput, InfluenceEstimate
+from bridge.rows import Rows
 from bridge.session import Session
 from bridge.solving import Choice
-from lissa import Params, Solution, SolverError, Status, checks, index_stream, tree
+from lissa import DualInfluence, Params, Solution, SolverError, Status, checks, index_stream, tree
 
 MOST_CORRELATED = 8
 """Right-hand sides whose scores are compared with plain gradient products, for a warning."""
@@ -61,7 +62,10 @@ class SimpleInfluence(InfluenceInterpreter):
         ridge: The damping in the units of the Hessian; instead of `damping`. `"auto"`: a tenth of the mean eigenvalue,
             see `lissa.suggest_damping`; so too where a solver or scale of ours is asked for and no damping is given.
         solver: `"lissa"`; `"cg"`, `"minres"` (for Hessians with negative eigenvalues) or `"dense"` (for small models),
-            which see all the data and ignore scale and depth; `"auto"`: the cheapest of LiSSA's ways and CG.
+            which see all the data and ignore scale and depth; `"gauss-newton"`: the Gauss-Newton matrix in place of
+            the Hessian, for all test instances at once in the space of the model's outputs (`lissa.dual_influence`),
+            which suits large models and a few thousand training instances; `"auto"`: the cheapest of LiSSA's ways and
+            CG.
         rtol: The relative residual on all the data that solvers stop at, where they choose their own steps.
         seed: Where the order of the LiSSA batches comes from.
         compat: `"allennlp"` for AllenNLP's own numbers run for run: order by Python's global `random`, training
@@ -325,7 +329,46 @@ class SimpleInfluence(InfluenceInterpreter):
             self._close(session)
         return found
 
+    def self_influence(self) -> Tensor:
+        """See `InfluenceInterpreter.self_influence`; with `solver="gauss-newton"`, all are solved for at once."""
+        if self.settings.solver != gauss_newton.NAME:
+            return super().self_influence()
+        with self._session() as session:
+            found = gauss_newton.influence(session, self._train, None, damping=self.settings.damping)
+            self._solved_by_gauss_newton(session, found)
+            return found.self_influence.to(next(iter(session.model.params.values())).dtype).cpu()
+
     # ------------------------------------------------------------------ the solve
+
+    def _scored(self, session: Session, tests: Rows) -> Iterator[tuple[Tensor, Iterator[tuple[list[int], Tensor]]]]:
+        if self.settings.solver != gauss_newton.NAME or not len(tests):
+            yield from super()._scored(session, tests)
+            return
+        losses = session.losses("test", tests, range(len(tests)))
+        found = gauss_newton.influence(session, self._train, tests, damping=self.settings.damping)
+        self._solved_by_gauss_newton(session, found)
+        dtype = next(iter(session.model.params.values())).dtype
+        yield torch.tensor(list(losses.values())), iter([(list(range(len(self._train))), found.scores.to(dtype))])
+
+    def _solved_by_gauss_newton(self, session: Session, found: DualInfluence) -> None:
+        unknown = torch.full_like(found.cosine, torch.nan).cpu()
+        self._parts = [
+            Diagnostics(
+                solver=gauss_newton.NAME,
+                damping=found.damping,
+                scale=math.nan,
+                steps=1,
+                num_samples=1,
+                examples=len(self._train),
+                batch_size=len(self._train),
+                status=torch.full_like(unknown, Status.CONVERGED, dtype=torch.long),
+                relative_residual=found.relative_residual.cpu(),
+                cosine_with_gradient=found.cosine.cpu(),
+                correlation_with_plain=unknown,
+                largest_eigenvalue=math.nan,
+            )
+        ]
+        self._close(session)
 
     def _solver(self, session: Session) -> Solve:
         _, solve = self._solutions(session, measure_all=bool(self._measure_residual))
@@ -334,6 +377,11 @@ class SimpleInfluence(InfluenceInterpreter):
     def _solutions(self, session: Session, *, measure_all: bool) -> tuple[Choice, Callable[[Params], Solution]]:
         """How it is solved, and the function that does: K stacked gradients to K judged solutions."""
         self._parts = []
+        if self.settings.solver == gauss_newton.NAME:
+            raise ValueError(
+                f"`SimpleInfluence(solver={gauss_newton.NAME!r})` finds scores without the solutions behind them: use "
+                "`interpret`, `scores` or `self_influence`, or another solver."
+            )
         choice = solving.choose(session, self._train, self.settings, seed=self._seed)
         if choice.plan is None and choice.solver == "lissa":
             solve_all = self._by_recursion(session, choice, measure_all)

@@ -15,11 +15,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import grad, jacrev, jvp
+from torch.func import grad, jacrev, vjp
 from torch.utils import _pytree as pytree
 
-from lissa import checks, sampling
+from lissa import checks, sampling, tree
 from lissa.kernels import twice_differentiable
+from lissa.tuning import MEAN_FRACTION
 from lissa.types import Batch, OutputFn, OutputLossFn, Params
 
 MOST_ROWS = 2**29
@@ -39,6 +40,7 @@ class DualInfluence(NamedTuple):
             about `eps largest / damping` with the largest eigenvalue of G.
         cosine: Of the angle between `x_t` and `grad_t`, shape `(T,)`; 1 if G plays no part.
         trace: Of G, shape `()`: `trace / P` is the mean eigenvalue.
+        damping: What was solved with.
     """
 
     scores: Tensor
@@ -47,6 +49,7 @@ class DualInfluence(NamedTuple):
     relative_residual: Tensor
     cosine: Tensor
     trace: Tensor
+    damping: float
 
 
 def dual_influence(
@@ -56,7 +59,7 @@ def dual_influence(
     train: Sequence[Batch],
     test: Sequence[Batch] | None = None,
     *,
-    damping: float,
+    damping: float | None,
     gram: Tensor | None = None,
     most_rows: int = MOST_ROWS,
 ) -> DualInfluence:
@@ -73,7 +76,7 @@ def dual_influence(
         params: Where the derivatives are taken.
         train: Batches that hold each training example once. Lengths may differ from batch to batch, so sort by length.
         test: Batches of test examples; where they are left out, the training examples are the test examples.
-        damping: In the units of G; must be > 0.
+        damping: In the units of G; must be > 0. None: a tenth of the mean eigenvalue, as `suggest_damping` has it.
         gram: `output_gram(output_fn, params, train)` where it is there already, for another damping or other tests.
         most_rows: Bounds the memory.
 
@@ -98,7 +101,8 @@ def dual_influence(
     Processes for Machine Learning (2006), eq. 2.11 and 2.12, for the same step from parameters to outputs.
     """
     checks.params("dual_influence", params)
-    checks.positive("dual_influence", "damping", damping)
+    if damping is not None:
+        checks.positive("dual_influence", "damping", damping)
     checks.count("dual_influence", "most_rows", most_rows)
     for name, batches in (("train", train), ("test", test)):
         if batches is not None and not len(batches):
@@ -117,6 +121,10 @@ def dual_influence(
             cross = output_gram(output_fn, params, test, train, most_rows=most_rows)
             own = torch.cat([_own_gram(output_fn, params, batch) for batch in test])
     A = _times_blocks(_times_blocks(K, L).mT, L).mT  # L^T K L
+    trace = A.trace() / n
+    if damping is None:
+        damping = MEAN_FRACTION * float(trace) / tree.numel(params)
+        checks.positive("dual_influence", "damping", damping)
     shifted = A + n * damping * torch.eye(n * m, dtype=A.dtype, device=A.device)
     factor, info = torch.linalg.cholesky_ex(shifted)
     if bool(info != 0) or not bool(torch.isfinite(factor.diagonal()).all()):
@@ -152,7 +160,8 @@ def dual_influence(
         self_influence,
         (residual / g_g.sqrt()).nan_to_num(0.0),
         (x_g / (g_g * x_x).clamp(min=0).sqrt()).nan_to_num(0.0),
-        A.trace() / n,
+        trace,
+        damping,
     )
 
 
@@ -236,8 +245,9 @@ def _output_derivatives(
         slope = grad(partial(_total, loss, batch, B))
         # The loss is a sum over examples, so one product with e_k in every example gives column k of each Hessian.
         units = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
-        columns = [jvp(slope, (z,), (e.expand_as(z).contiguous(),))[1] for e in units]
-        slopes.append(slope(z))
+        gradient, product = vjp(slope, z)[:2]
+        columns = [product(e.expand_as(z).contiguous())[0] for e in units]
+        slopes.append(gradient)
         factors.append(_root(torch.stack(columns, -1)))
     return torch.cat(slopes), torch.cat(factors)
 

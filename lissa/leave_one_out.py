@@ -69,8 +69,8 @@ def leave_one_out_scores(
 
     Without the third example, w = 1.5 = 7/6 + 1/3.
 
-    Source: D. Pregibon, Logistic regression diagnostics, Annals of Statistics 9 (1981), section 4; P. W. Koh, K.-S. Ang,
-    H. Teo and P. Liang, On the accuracy of influence functions for measuring group effects, NeurIPS 2019, section 2.
+    Source: D. Pregibon, Logistic regression diagnostics, Annals of Statistics 9 (1981), section 4; P. W. Koh et al., On
+    the accuracy of influence functions for measuring group effects, NeurIPS 2019, section 2.
     """
     call = "leave_one_out_scores"
     checks.params(call, params)

@@ -21,6 +21,9 @@ at most sqrt(1 / BURN_IN) = 0.35 where no example's curvature has more than the 
 FULL_BATCH_SCALE = 0.75
 """Of `lambda_max + damping`: full batches are stable above a half, and the largest eigenvalue is only estimated."""
 
+MEAN_FRACTION = 0.1
+"""The damping that is suggested, of the mean eigenvalue."""
+
 METHODS = ("plain", "averaged", "variance-reduced", "cg")
 
 
@@ -53,7 +56,7 @@ class Settings(NamedTuple):
     passes: float
 
 
-def suggest_damping(spectrum: Spectrum, *, fraction: float = 0.1) -> float:
+def suggest_damping(spectrum: Spectrum, *, fraction: float = MEAN_FRACTION) -> float:
     """`damping = fraction * trace / P`, and never less than what makes `H + damping I` positive definite.
 
     A tenth of the mean eigenvalue is the literature's habit (Grosse et al. 2023, section 3.1, after Martens & Grosse

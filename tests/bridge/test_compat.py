@@ -33,7 +33,7 @@ def test_the_parameters_of_the_first_instance_count():
     def loss_fn(params, batch):
         return params["all"] * params["first" if batch == 0 else "later"]
 
-    model = Functional(params, loss_fn, torch.device("cpu"))
+    model = Functional(params, loss_fn, torch.device("cpu"), None, None)
     found = [
         (loss.item(), {k: g.item() for k, g in grads.items()}) for loss, grads in train_mode_gradients(model, [0, 1])
     ]
@@ -42,7 +42,7 @@ def test_the_parameters_of_the_first_instance_count():
 
 def test_each_instance_draws_once_from_the_global_generator():
     params = {"w": torch.ones(100)}
-    model = Functional(params, lambda p, _: F.dropout(p["w"], 0.5).sum(), torch.device("cpu"))
+    model = Functional(params, lambda p, _: F.dropout(p["w"], 0.5).sum(), torch.device("cpu"), None, None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         grads = [g["w"] for _, g in train_mode_gradients(model, range(3))]

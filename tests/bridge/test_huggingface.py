@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("transformers", reason="needs transformers: pip install '.[hf]'")
 
+import lissa
 from bridge import SimpleInfluence, huggingface
 from bridge.cli import main
 from tests.bridge.transformers_models import KINDS, classifier, sentences, tokenizer
@@ -226,6 +227,37 @@ def test_self_and_check_take_the_same_directory(saved, fast_ways_only, capsys):
     rows = list(csv.DictReader((saved / "out" / "self_influence.csv").read_text().splitlines()))
     assert sorted(int(row["line"]) for row in rows) == list(range(2, N + 2))
     assert main(arguments(saved, "check", test=None)) == 0
+    assert "No reason was found to distrust" in capsys.readouterr().out
+
+
+def test_where_no_solver_is_asked_for_all_texts_are_solved_for_at_once(saved, fast_ways_only, capsys):
+    """By Gauss-Newton influence, against conjugate gradients on products by `lissa.ggnvp`, text by text."""
+    plain = [x for x in arguments(saved) if x not in ("--solver", "dense", "--params", PARAMS)]
+    assert main([*plain, "--k", str(N)]) == 0
+    assert "H being the Gauss-Newton matrix" in capsys.readouterr().out
+    rows = list(csv.DictReader((saved / "out" / "influence.csv").read_text().splitlines()))
+
+    model = classifier(attention="eager", dtype=torch.float32).double()
+    params = {name: p.detach() for name, p in model.named_parameters()}
+
+    def logits(params, row):
+        ids = torch.tensor([row["input_ids"]])
+        return torch.func.functional_call(model, params, (), {"input_ids": ids}).logits
+
+    def loss(z, row):
+        return F.cross_entropy(z, torch.tensor([row["label"]]))
+
+    train, test = encoded(N), encoded(T, seed=1)
+    products = lissa.mean_matvec(lambda row, v: lissa.ggnvp(logits, loss, params, row, v), train)
+    gradient = torch.func.grad(lambda params, row: loss(logits(params, row), row))
+    x = lissa.solve_cg(products, gradient(params, test[0]), damping=2.0, rtol=1e-9).value
+    expected = [float(lissa.tree.vdot(x, gradient(params, row))) for row in train]
+    got = {int(row["train_line"]) - 2: float(row["score"]) for row in rows if row["test_line"] == "2"}
+    # float32 there, with a condition of some tens: a thousand roundings.
+    assert [got[i] for i in range(N)] == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+    assert main([x for x in arguments(saved, "self", test=None) if x not in ("--solver", "dense")]) == 0
+    assert main([x for x in arguments(saved, "check") if x not in ("--solver", "dense")]) == 0
     assert "No reason was found to distrust" in capsys.readouterr().out
 
 

@@ -18,7 +18,7 @@ def session(loss_fn=None):
         return F.cross_entropy(x @ params["weight"].T, y)
 
     params = {"weight": linear().weight.detach()}
-    model = Functional(params, loss_fn or mean_loss, torch.device("cpu"))
+    model = Functional(params, loss_fn or mean_loss, torch.device("cpu"), None, None)
     return Session(model, partial(collate), show=False)
 
 

@@ -64,7 +64,7 @@ def model(refuses=False):
         return ((params["w"] * x) ** 3).sum(-1).mean() + params["b"]
 
     params = {"w": torch.tensor([1.0, 2.0], dtype=torch.float64), "b": torch.tensor(0.5, dtype=torch.float64)}
-    return Functional(params, loss_fn, torch.device("cpu"))
+    return Functional(params, loss_fn, torch.device("cpu"), None, None)
 
 
 X = torch.tensor([[1.0, -1.0], [0.5, 2.0], [3.0, 1.0]], dtype=torch.float64)

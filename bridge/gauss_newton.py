@@ -1,0 +1,132 @@
+"""Gauss-Newton influence of all training instances on all test instances, solved in the space of outputs.
+
+Knows instances, their order, and `lissa.dual_influence`; knows nothing of rankings.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from bridge import progress
+from bridge.session import Session
+from lissa import Batch, DualInfluence, dual_influence, output_gram, tree
+from lissa.dual import MOST_ROWS
+
+NAME = "gauss-newton"
+
+BATCH = 64
+"""Instances whose Jacobians are taken together."""
+
+MOST_OUTPUTS = 2**14
+"""Most outputs of all training instances: the matrix between them is kept some five times in float64, each 2 GiB."""
+
+AGREES = 1e-3
+"""The loss of the outputs must be the model's loss to this relative precision: float32 keeps more, bfloat16 not."""
+
+
+def influence(
+    session: Session, train: Sequence[Any], tests: Sequence[Any] | None, *, damping: float | None
+) -> DualInfluence:
+    """`lissa.dual_influence` of instances, in their order.
+
+    Args:
+        session: Of the public call.
+        train: Training instances.
+        tests: Test instances; None stands for the training instances.
+        damping: In the units of the Gauss-Newton matrix; None for a tenth of its mean eigenvalue.
+
+    Returns:
+        Scores of shape `(T, n)` and the rest.
+
+    Raises:
+        TypeError: If the model's loss is not known as a function of its outputs.
+        ValueError: If it is not the mean of the losses of the outputs of each instance, there are too many outputs, or
+            something is not finite.
+    """
+    model = session.model
+    order, batches = _batches(session, "training", train)
+    _check(session, train, order, batches)
+    test_order, test_batches = (order, None) if tests is None else _batches(session, "test", tests)
+    watched = _Watched(batches, session, numbers=len(order) * _width(session, batches[0]) * tree.numel(model.params))
+    try:
+        gram = output_gram(model.output_fn, model.params, watched)
+        found = dual_influence(
+            model.output_fn, model.output_loss_fn, model.params, batches, test_batches, damping=damping, gram=gram
+        )
+    except ValueError:
+        session.first_not_finite("training", train)
+        session.first_not_finite("test", tests or ())
+        raise
+    places, test_places = torch.tensor(order).argsort(), torch.tensor(test_order).argsort()
+    return found._replace(
+        scores=found.scores[test_places][:, places],
+        leave_one_out=found.leave_one_out[test_places][:, places],
+        self_influence=found.self_influence[places],
+        relative_residual=found.relative_residual[test_places],
+        cosine=found.cosine[test_places],
+    )
+
+
+def _batches(session: Session, role: str, instances: Sequence[Any]) -> tuple[list[int], list[Batch]]:
+    """All instances in batches of equal shapes, nothing padded that is not padded alone, and their order in them."""
+    order: list[int] = []
+    batches = []
+    stacks = session.examples(instances, size=BATCH, description=f"{role} batches", role=role)
+    for indices, stack in stacks:
+        leaves = [leaf for leaf in pytree.tree_leaves(stack) if isinstance(leaf, Tensor)]
+        if any(leaf.shape[1:2] != (1,) for leaf in leaves):
+            raise TypeError(f"solver={NAME!r} needs batches that are tensors with a row for each instance.")
+        order += indices
+        batches.append(pytree.tree_map(lambda leaf: leaf.squeeze(1) if isinstance(leaf, Tensor) else leaf, stack))
+    return order, batches
+
+
+def _check(session: Session, train: Sequence[Any], order: list[int], batches: list[Batch]) -> None:
+    """What would make a wrong matrix, on the first batch."""
+    model, first = session.model, batches[0]
+    size = next(len(leaf) for leaf in pytree.tree_leaves(first) if isinstance(leaf, Tensor))
+    with session.naming("training", train, order[:size]):
+        outputs = model.output_fn(model.params, first)
+        got = float(model.output_loss_fn(outputs, first))
+    expected = sum(session.losses("training", train, order[:size]).values()) / size
+    if not abs(got - expected) <= AGREES * max(abs(expected), 1.0):
+        raise ValueError(
+            f"solver={NAME!r} needs a loss that is the mean over examples of a loss of the model's outputs (of its "
+            f"`logits` the cross-entropy): the first {size} training instances have a mean loss of {expected:.6g}, "
+            f"their outputs {got:.6g}. Use solver='auto'."
+        )
+    count = len(order) * outputs.shape[1]
+    if count > MOST_OUTPUTS:
+        raise ValueError(
+            f"solver={NAME!r} keeps a matrix of all outputs of all training instances: at most {MOST_OUTPUTS}, got "
+            f"{count}. Use solver='auto', or fewer training instances."
+        )
+
+
+def _width(session: Session, batch: Batch) -> int:
+    return session.model.output_fn(session.model.params, batch).shape[1]
+
+
+class _Watched(Sequence[Batch]):
+    """Batches that move a progress bar each time one is used."""
+
+    def __init__(self, batches: list[Batch], session: Session, *, numbers: int):
+        chunks = -(-numbers // MOST_ROWS)
+        uses = len(batches) * (chunks + 1) // 2  # each chunk of rows meets itself and the batches after it
+        self._batches = batches
+        self._bar: Iterator[int] = iter(
+            progress.bar(range(uses), description="Jacobians of the training outputs", show=session.show)
+        )
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, i: Any) -> Any:
+        """A batch, or for a slice those in it, one by one."""
+        if isinstance(i, slice):
+            return (self[j] for j in range(*i.indices(len(self))))
+        next(self._bar, None)
+        return self._batches[i]
