@@ -4,14 +4,17 @@ Knows the screen and the shell; does no work of its own.
 
 Exit codes: 0 done; 1 the job failed (the message says why); 2 wrong usage; 3 a file, model or name that was given
 cannot be used, and nothing was computed; 4 `check` finds that these settings give no meaningful influence; 130
-interrupted.
+interrupted; 143 terminated, as a batch system does.
 """
 
 import argparse
 import math
 import shlex
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
 EXTRAS = {"transformers": "hf", "jinja2": "report", "PIL": "report", "pyarrow": "parquet"}
 """The extra that holds a module."""
 
-FAILED, CANNOT_BE_USED, NOT_MEANINGFUL, INTERRUPTED = 1, 3, 4, 130
+FAILED, CANNOT_BE_USED, NOT_MEANINGFUL, INTERRUPTED, TERMINATED = 1, 3, 4, 130, 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,10 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     arguments.command_line = shlex.join(["simple-influence", *(sys.argv[1:] if argv is None else argv)])
     try:
-        return arguments.run(arguments)
-    except KeyboardInterrupt:
+        with _termination_as_interrupt():
+            return arguments.run(arguments)
+    except KeyboardInterrupt as interrupt:
         print("Interrupted.", file=sys.stderr)
-        return INTERRUPTED
+        return TERMINATED if isinstance(interrupt, _Terminated) else INTERRUPTED
     except ModuleNotFoundError as error:
         extra = EXTRAS.get((error.name or "").partition(".")[0], "demo")
         print(f"{error}. Install the extra that holds it: pip install 'lissa[{extra}]'", file=sys.stderr)
@@ -49,6 +53,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return FAILED
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+@contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """Inside, SIGTERM is an interruption too, so that what is done is kept and named."""
+
+    def terminate(*_: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # no other thread may set a handler
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> argparse.ArgumentParser:

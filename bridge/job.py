@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bridge.data import CollateFn, is_sequence
-from bridge.files import InputError
+from bridge.files import InputError, listed
 from bridge.functional import OutputLoss
 
 
@@ -202,7 +202,7 @@ def kept(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     found = [name for name in names if any(pattern.match(name) for pattern in compiled)]
     if not found:
         raise InputError(
-            f"--params {' '.join(map(repr, patterns))}: no parameter's name begins so. Their names: {', '.join(names)}."
+            f"--params {' '.join(map(repr, patterns))}: no parameter's name begins so. Their names:\n{listed(names)}"
         )
     return found
 

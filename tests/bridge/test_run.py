@@ -203,7 +203,8 @@ def job():
 """
 
 
-def test_a_signal_to_the_command_itself_keeps_what_is_done(tmp_path):
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_the_command_itself_keeps_what_is_done(tmp_path, sent, code):
     (tmp_path / "waiting.py").write_text(WAITING_JOB)
     command = [sys.executable, "-m", "bridge", "run", "--model", "waiting:job", "--out", "out", *EXACT]
     path = [str(Path(bridge.__file__).parent.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
@@ -215,9 +216,9 @@ def test_a_signal_to_the_command_itself_keeps_what_is_done(tmp_path):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         told = process.communicate(timeout=30)[1]
-    assert process.returncode == 130
+    assert process.returncode == code
     assert "Kept: the results of 16 of 40 test examples, in out/influence.partial.csv" in told
     assert "Traceback" not in told
     rows = list(csv.DictReader(partial.read_text().splitlines()))
