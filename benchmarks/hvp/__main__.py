@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.hvp import memory
 from benchmarks.hvp.claims import in_words, verdicts
 from benchmarks.hvp.models import FULL, MODELS, QUICK, Row
 from benchmarks.hvp.report import markdown, plot
@@ -46,7 +47,7 @@ def measure(row: Row, *, device: str, seconds: float, only: str | None) -> dict[
             continue
         runs[name] = run
     times = side_by_side(runs, seconds=seconds, device=device)
-    memory = {name: peak_bytes(run, device) for name, run in runs.items()}
+    peaks = {name: peak_bytes(run, device) for name, run in runs.items()}
     cells = {}
     for name in runs:
         speedup, gradients = ratio(times[PLAIN], times[name]), ratio(times[name], times["gradient"])
@@ -55,7 +56,7 @@ def measure(row: Row, *, device: str, seconds: float, only: str | None) -> dict[
             "gradients": list(gradients[:3]),
             "gradients_per_vector": gradients.median / row.vectors,
             "speedup_over_plain": list(speedup[:3]),
-            "memory_in_gradients": memory[name] / memory["gradient"],
+            "memory_in_gradients": peaks[name] / peaks["gradient"],
             "first_call_seconds": first.get(name),
             "rounds": len(times[name].rounds),
         }
@@ -96,22 +97,29 @@ def main() -> None:
     warnings.simplefilter("ignore")
 
     rows = []
+    whole = not (arguments.model or arguments.strategy)  # a part is not the table
+    chunks = memory.by_chunk(arguments.device) if whole and not arguments.quick else []
     for row in QUICK if arguments.quick else FULL:
         if arguments.model and arguments.model not in row.model:
             continue
         rows.append(measure(row, device=arguments.device, seconds=arguments.seconds, only=arguments.strategy))
         print(markdown(rows[-1:]), flush=True)
-        if not (arguments.model or arguments.strategy):  # a part is not the table
-            save(rows, arguments.output, f"hvp-{'quick-' if arguments.quick else ''}{arguments.device}")
-    print(f"{markdown(rows)}\n\n{in_words(verdicts(rows))}")
+        if whole:
+            save(rows, chunks, arguments.output, f"hvp-{'quick-' if arguments.quick else ''}{arguments.device}")
+    print(in_full(rows, chunks))
 
 
-def save(rows: list[dict[str, Any]], folder: Path, name: str) -> None:
+def in_full(rows: list[dict[str, Any]], chunks: list[dict[str, Any]]) -> str:
+    parts = [markdown(rows), *([memory.markdown(chunks)] if chunks else []), in_words(verdicts(rows, chunks))]
+    return "\n\n".join(parts)
+
+
+def save(rows: list[dict[str, Any]], chunks: list[dict[str, Any]], folder: Path, name: str) -> None:
     """Writes what there is so far, after each row: a long run that is cut off has still said something."""
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"environment": environment(), "rows": rows}
+    record = {"environment": environment(), "rows": rows, "memory_by_chunk": chunks}
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    (folder / f"{name}.md").write_text(f"{markdown(rows)}\n\n{in_words(verdicts(rows))}\n")
+    (folder / f"{name}.md").write_text(in_full(rows, chunks) + "\n")
     plot(rows, folder / f"{name}.png")
 
 

@@ -20,8 +20,8 @@ class Verdict(NamedTuple):
     holds: bool
 
 
-def verdicts(rows: list[dict[str, Any]]) -> list[Verdict]:
-    """Every claim on the rows that were measured."""
+def verdicts(rows: list[dict[str, Any]], chunks: list[dict[str, Any]]) -> list[Verdict]:
+    """Every claim on the rows that were measured, and on the memory by chunk."""
     by_name = {row["row"]: row for row in rows}
     lines = []
     for row, minimum in AT_LEAST:
@@ -30,6 +30,11 @@ def verdicts(rows: list[dict[str, Any]]) -> list[Verdict]:
     for row, measure, maximum, what in AT_MOST:
         if str(row) in by_name:
             lines.append(_at_most(f"{row}: {what}", maximum, measure(by_name[str(row)])))
+    for chunk in {row["chunk"]: None for row in chunks}:
+        beyond = [row["gradients_beyond_results"] for row in chunks if row["chunk"] == chunk]
+        lines.append(
+            _at_most(f"memory in chunks of {chunk}: largest over smallest", 1.05, max(beyond) / min(beyond))
+        )
     for row in rows:
         lines.append(_at_least(f"{row['row']}: never slower", 0.95, _speed(row)))
         if "curvlinops" in row["cells"]:
