@@ -3,7 +3,8 @@
 Knows instances, their order, and `lissa.dual_influence`; knows nothing of rankings.
 """
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -50,12 +51,18 @@ def influence(
     order, batches = _batches(session, "training", train)
     _check(session, train, order, batches)
     test_order, test_batches = (order, None) if tests is None else _batches(session, "test", tests)
-    watched = _Watched(batches, session, numbers=len(order) * _width(session, batches[0]) * tree.numel(model.params))
+    most_rows = _rows_that_fit(model.device, next(iter(model.params.values())).itemsize)
+    numbers = len(order) * _width(session, batches[0]) * tree.numel(model.params)
+    chunks = -(-numbers // most_rows)
+    # A chunk of rows meets itself and the batches after it; outputs, and test rows, meet each batch once more.
+    uses = len(batches) * (chunks + 1) // 2 + len(batches) * (1 if tests is None else 2)
+    watched = _Watched(batches, progress.bar(range(uses), description="Jacobians of the outputs", show=session.show))
     try:
-        gram = output_gram(model.output_fn, model.params, watched)
+        gram = output_gram(model.output_fn, model.params, watched, most_rows=most_rows)
         found = dual_influence(
-            model.output_fn, model.output_loss_fn, model.params, batches, test_batches, damping=damping, gram=gram
-        )
+            model.output_fn, model.output_loss_fn, model.params, watched, test_batches, damping=damping, gram=gram,
+            most_rows=most_rows,
+        )  # fmt: skip
     except ValueError:
         session.first_not_finite("training", train)
         session.first_not_finite("test", tests or ())
@@ -110,16 +117,24 @@ def _width(session: Session, batch: Batch) -> int:
     return session.model.output_fn(session.model.params, batch).shape[1]
 
 
+def _rows_that_fit(device: torch.device, itemsize: int) -> int:
+    """Numbers of the Jacobian to keep: a third of the memory that is free, and no less than `MOST_ROWS`."""
+    try:
+        if device.type == "cuda":
+            free = torch.cuda.mem_get_info(device)[0]
+        else:
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # a system that does not say
+        return MOST_ROWS
+    return max(MOST_ROWS, free // 3 // itemsize)
+
+
 class _Watched(Sequence[Batch]):
     """Batches that move a progress bar each time one is used."""
 
-    def __init__(self, batches: list[Batch], session: Session, *, numbers: int):
-        chunks = -(-numbers // MOST_ROWS)
-        uses = len(batches) * (chunks + 1) // 2  # each chunk of rows meets itself and the batches after it
+    def __init__(self, batches: list[Batch], bar: Iterable[int]):
         self._batches = batches
-        self._bar: Iterator[int] = iter(
-            progress.bar(range(uses), description="Jacobians of the training outputs", show=session.show)
-        )
+        self._bar = iter(bar)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -128,5 +143,6 @@ class _Watched(Sequence[Batch]):
         """A batch, or for a slice those in it, one by one."""
         if isinstance(i, slice):
             return (self[j] for j in range(*i.indices(len(self))))
+        batch = self._batches[i]
         next(self._bar, None)
-        return self._batches[i]
+        return batch

@@ -32,9 +32,7 @@ def verdicts(rows: list[dict[str, Any]], chunks: list[dict[str, Any]]) -> list[V
             lines.append(_at_most(f"{row}: {what}", maximum, measure(by_name[str(row)])))
     for chunk in {row["chunk"]: None for row in chunks}:
         beyond = [row["gradients_beyond_results"] for row in chunks if row["chunk"] == chunk]
-        lines.append(
-            _at_most(f"memory in chunks of {chunk}: largest over smallest", 1.05, max(beyond) / min(beyond))
-        )
+        lines.append(_at_most(f"memory in chunks of {chunk}: largest over smallest", 1.05, max(beyond) / min(beyond)))
     for row in rows:
         lines.append(_at_least(f"{row['row']}: never slower", 0.95, _speed(row)))
         if "curvlinops" in row["cells"]:
