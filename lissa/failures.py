@@ -24,7 +24,7 @@ class Cause(NamedTuple):
 _CAUSES = (
     Cause(
         r"(?P<op>[sS]parse)(CPU|CUDA|_coo_tensor| gradient| tensors)",
-        "a gradient is sparse, as that of nn.Embedding(sparse=True) is, and torch.func cannot differentiate it",
+        "a gradient is sparse, as that of torch.gather(sparse_grad=True) is, and torch.func cannot differentiate it",
         "Use mode='double-backward' or 'auto', or sparse=False.",
     ),
     Cause(

@@ -16,7 +16,7 @@ from torch.func import grad, jvp, vjp
 
 from lissa import checks, tree
 from lissa.failures import explained, say_once
-from lissa.kernels import DifferentiableForwardMode, twice_differentiable
+from lissa.kernels import DenseEmbeddings, DifferentiableForwardMode, twice_differentiable
 from lissa.leafwise import leafwise
 from lissa.types import Batch, LossFn, Params
 
@@ -74,6 +74,10 @@ def hvp(loss_fn: LossFn, params: Params, batch: Batch, v: Params, *, mode: str =
     return MODES[mode](loss_fn, params, batch, v)
 
 
+_with_sparse_embeddings: weakref.WeakSet[LossFn] = weakref.WeakSet()
+"""Losses whose sparse gradients were met: a mode of `torch.func` makes their embeddings dense from the start."""
+
+
 def _strategy(mode: str) -> Callable[[HVP], HVP]:
     """Makes a formula a public strategy: checks its arguments, selects kernels and explains what fails."""
 
@@ -83,12 +87,18 @@ def _strategy(mode: str) -> Callable[[HVP], HVP]:
             checks.params("hvp", params)
             checks.vector("hvp", params, v)
             v = {key: v[key] for key in params}
-            loss_fn = checks.deterministic("hvp", checks.scalar_loss("hvp", loss_fn), params)
+            checked = checks.deterministic("hvp", checks.scalar_loss("hvp", loss_fn), params)
             if torch.compiler.is_compiling():  # a compiler traces neither switches nor handlers
-                return formula(loss_fn, params, batch, v)
+                return formula(checked, params, batch, v)
             try:
                 with twice_differentiable():
-                    return formula(loss_fn, params, batch, v)
+                    if loss_fn not in _with_sparse_embeddings:
+                        try:
+                            return formula(checked, params, batch, v)
+                        except SparseGradientError:
+                            _with_sparse_embeddings.add(loss_fn)
+                    with DenseEmbeddings():
+                        return formula(checked, params, batch, v)
             except RuntimeError as error:
                 explanation = explained(f"hvp(mode={mode!r})", error)
                 if explanation is error:
@@ -311,11 +321,15 @@ def pull_back(
     return tuple(map(_dense, products))
 
 
+class SparseGradientError(NotImplementedError):
+    """A gradient is sparse, and about to be differentiated by torch.func."""
+
+
 def _all_dense(gradient: Params) -> Params:
     """`gradient`, an error if any of it is sparse: torch.func would lose it on the way to a second derivative."""
     for key, t in gradient.items():
         if t.layout != torch.strided:
-            raise NotImplementedError(f"sparse gradient at {key!r}")
+            raise SparseGradientError(f"sparse gradient at {key!r}")
     return gradient
 
 

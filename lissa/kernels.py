@@ -42,6 +42,25 @@ def without_onednn() -> Iterator[None]:
         torch.backends.mkldnn.set_flags(_enabled=enabled)
 
 
+class DenseEmbeddings(TorchFunctionMode):
+    """Inside it, the gradient of an embedding is dense, whatever its `sparse` says: torch.func loses a sparse one."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Calls `func`, embeddings with `sparse=False`."""
+        kwargs = kwargs or {}
+        if func is torch.embedding and len(args) > _SPARSE_OF_EMBEDDING:
+            args = (*args[:_SPARSE_OF_EMBEDDING], False)
+        elif func in (torch.embedding, functional.embedding):
+            kwargs = {**kwargs, "sparse": False}
+        return func(*args, **kwargs)
+
+
+_SPARSE_OF_EMBEDDING = 4
+"""The place of `sparse` among the arguments of `torch.embedding`."""
+
+
 class DifferentiableForwardMode(TorchFunctionMode):
     """Inside it, derivatives of forward-mode derivatives are right, or an error names the operation.
 

@@ -35,18 +35,21 @@ def leafwise(call: str, prepare: Prepare, params: Params, batch: Batch, v: Param
     Returns:
         The product.
     """
-    leaves, structure = pytree.tree_flatten((params, batch, v))
-    if _is_constant(leaves):
+    if _is_constant(params, batch, v):
         return _apart(prepare, params, batch, v)
+    leaves, structure = pytree.tree_flatten((params, batch, v))
     vectors = len(v)
     return dict(zip(params, _Leafwise.apply(call, prepare, structure, vectors, 0, *leaves), strict=True))
 
 
-def _is_constant(leaves: list[Any]) -> bool:
+def _is_constant(params: Params, batch: Batch, v: Params) -> bool:
     """Whether nothing around the call differentiates or vmaps: then there is no transform to leave."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
-    return not (torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in leaves))
+    if not torch.is_grad_enabled():
+        return True
+    leaves = (*params.values(), *v.values(), *pytree.tree_leaves(batch))
+    return not any(isinstance(t, Tensor) and t.requires_grad for t in leaves)
 
 
 def _apart(prepare: Prepare, params: Params, batch: Batch, v: Params) -> Params:

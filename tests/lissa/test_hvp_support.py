@@ -61,7 +61,6 @@ def test_the_chosen_mode_is_the_one_that_auto_comes_to(name):
         ("forward-over-reverse", "LSTM, padded", ["mkldnn_rnn_layer", "torch.backends.mkldnn.flags(enabled=False)"]),
         ("forward-over-reverse", "LSTM, packed", ["_pack_padded_sequence", "'double-backward'"]),
         ("double-backward", "EmbeddingBag", ["_embedding_bag_backward", "'finite-difference'", "nn.Embedding and a"]),
-        ("reverse-over-reverse", "Embedding(sparse=True)", ["sparse", "sparse=False", "'double-backward'"]),
         ("finite-difference", "CNN, BatchNorm in eval mode", ["kink", "float64", "'auto'"]),
     ],
 )
@@ -74,6 +73,40 @@ def test_errors_name_the_operation_and_the_way_out(mode, name, words):
     message = str(caught.value)
     assert message.startswith(f"`hvp(mode='{mode}')` failed")
     assert all(word in message for word in words)
+
+
+def test_sparse_gradients_of_other_operations_are_named_and_auto_finds_a_way():
+    """An embedding is made dense; `gather(sparse_grad=True)` stays as it is. `sum_i exp(w_i)`: `H = diag(exp(w))`."""
+    params = {"w": torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)}
+    v = {"w": torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64)}
+
+    def loss_fn(params, index):
+        return torch.gather(params["w"], 0, index, sparse_grad=True).exp().sum()
+
+    index = torch.tensor([0, 2])
+    with pytest.raises(NotImplementedError, match=r"a gradient is sparse.*sparse=False"):
+        hvp(loss_fn, params, index, v, mode="reverse-over-reverse")
+    expected = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64) * params["w"].exp() * v["w"]
+    torch.testing.assert_close(hvp(loss_fn, params, index, v)["w"], expected, rtol=1e-14, atol=0)
+
+
+def test_embeddings_become_dense_by_either_way_of_calling_them():
+    """`|W[i]|^4 / 4` for each word i: a product by the same loss with `sparse=False` must not differ in a bit."""
+    generator = torch.Generator().manual_seed(0)
+    params = {"w": torch.randn(4, 3, dtype=torch.float64, generator=generator)}
+    v = {"w": torch.randn(4, 3, dtype=torch.float64, generator=generator)}
+    words = torch.tensor([0, 2, 2])
+    ways = {
+        "functional": lambda p, sparse: torch.nn.functional.embedding(words, p["w"], sparse=sparse),
+        "torch": lambda p, sparse: torch.embedding(p["w"], words, -1, False, sparse),
+        "torch, by name": lambda p, sparse: torch.embedding(p["w"], words, sparse=sparse),
+    }
+    for way in ways.values():
+        sparse, dense = (
+            hvp(lambda p, _: way(p, s).square().sum(1).square().sum() / 4, params, None, v)["w"]  # noqa: B023
+            for s in (True, False)
+        )
+        assert torch.equal(sparse, dense)
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")  # of torch's own switch, without Intel GPUs
