@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from bridge import compat as allennlp_order
 from bridge import diagnostics as report
-from bridge import gauss_newton, measurements, progress, settings, solving, strategies
+from bridge import gauss_newton, measurements, recursion, settings, solving
 from bridge.data import CollateFn, DatasetReader, Lazy, LazyLoader, SimpleDataLoader, check_dataset
 from bridge.diagnostics import Diagnostics, InfluenceWarning
 from bridge.error_bars import error_bars
@@ -403,44 +403,26 @@ class SimpleInfluence(InfluenceInterpreter):
         return choice, solve
 
     def _by_recursion(self, session: Session, choice: Choice, measure_all: bool) -> Callable[[Params], Solution]:
-        """AllenNLP's way: LiSSA on the next batches, the mean over runs, the last iterate of each."""
-        solve_each = strategies.inverse_products(session.model, choice.damping, choice.scale)
         drawn = None if self._compat else self._draw(choice.steps)
-        at_work: list[int] = []
 
-        def solve(vectors: Params) -> Solution:
-            runs = self._draw(choice.steps) if drawn is None else drawn
-            with session.naming("training", self._train, at_work):
-                solutions = [solve_each(vectors, partial(self._batches, session, run, at_work)) for run in runs]
-            samples = tree.map(lambda *t: torch.stack(t, 1), *(solution.value for solution in solutions))
-            value = tree.map(lambda t: t.mean(1), samples)
-            status = torch.stack([solution.status for solution in solutions]).amax(0)
-            residual = torch.full_like(solutions[0].relative_residual, torch.nan)
-            if measure_all or self._measure_residual is not False:
-                residual = measurements.relative_residuals(
-                    session, self._train, choice.damping, vectors, value, size=self._score_batch_size,
-                    count=len(residual) if measure_all else self._worth_measuring(len(residual), choice.steps),
-                )  # fmt: skip
-            return solutions[0]._replace(
-                value=value, status=status, relative_residual=residual, samples=samples if len(runs) > 1 else {}
-            )
+        def runs() -> list[recursion.Run]:
+            return self._draw(choice.steps) if drawn is None else drawn
 
-        return solve
+        def measured(vectors: int) -> int:
+            if measure_all:
+                return vectors
+            return 0 if self._measure_residual is False else self._worth_measuring(vectors, choice.steps)
+
+        return recursion.solver(session, self._train, choice, runs, measured=measured, size=self._score_batch_size)
 
     def _worth_measuring(self, vectors: int, steps: int) -> int:
         """How many residuals: those whose products cost at most a quarter of the solve's, one at least; see class."""
         multiplied = vectors * steps * self.settings.batch_size * self.settings.num_samples
         return min(vectors, max(1, multiplied // (4 * len(self._train))))
 
-    def _draw(self, steps: int) -> list[list[list[int]]]:
+    def _draw(self, steps: int) -> list[recursion.Run]:
         """The batches of each run, as indices: the next ones of passes that go on from call to call."""
         return [list(itertools.islice(self._stream, steps)) for _ in range(self.settings.num_samples)]
-
-    def _batches(self, session: Session, run: list[list[int]], at_work: list[int]) -> Iterator[Any]:
-        """The batches of a run; `at_work` holds the indices of the latest, so that an error can be traced to it."""
-        for indices in progress.bar(run, description="LiSSA", show=self.progress):
-            at_work[:] = indices
-            yield session.batch(self._train, indices)
 
     # ------------------------------------------------------------------ what it is worth
 
