@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bridge import results
+from bridge.checkpoint import CheckpointError
 from bridge.files import InputError
 from bridge.settings import SOLVER_NAMES
 
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         extra = EXTRAS.get((error.name or "").partition(".")[0], "demo")
         print(f"{error}. Install the extra that holds it: pip install 'lissa[{extra}]'", file=sys.stderr)
         return FAILED
-    except InputError as error:
+    except (CheckpointError, InputError) as error:
         print(error, file=sys.stderr)
         return CANNOT_BE_USED
     except (OSError, RuntimeError, TypeError, ValueError) as error:
@@ -199,6 +200,19 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write; made if not there")
     output.add_argument("--format", choices=results.FORMATS, default="csv", help="of the table (%(default)s)")
     output.add_argument("--no-report", action="store_true", help="no report.html")
+    output.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="where the run keeps its state: the same command goes on from there after it was killed",
+    )
+    output.add_argument(
+        "--checkpoint-every",
+        type=_number,
+        default=300.0,
+        metavar="SECONDS",
+        help="how often it does; seldomer where writing takes long (%(default)g)",
+    )
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -309,6 +323,8 @@ def _settings(arguments: argparse.Namespace, job: "Job") -> "Settings":
         batch_size=arguments.batch_size,
         seed=arguments.seed,
         progress=not arguments.quiet,
+        checkpoint_dir=getattr(arguments, "checkpoint", None),
+        checkpoint_every=getattr(arguments, "checkpoint_every", 300.0),
     )
 
 
@@ -361,14 +377,16 @@ def _positive_count(text: str) -> int:
 
 
 def _number_or_auto(text: str) -> float | str:
-    if text == "auto":
-        return text
+    return text if text == "auto" else _number(text, or_else=" or auto")
+
+
+def _number(text: str, or_else: str = "") -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not (math.isfinite(value) and value >= 0):
-        raise argparse.ArgumentTypeError(f"must be a number >= 0 or auto, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a number >= 0{or_else}, got {text!r}")
     return value
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bridge import strategies
+from bridge.distributed import Ranks
 from bridge.session import Session, check_finite
 from lissa import Params, Solution, score_bound, score_interval, settled_places, tree
 
@@ -46,6 +47,7 @@ def error_bars(
     damping: float,
     smallest: float,
     size: int,
+    ranks: Ranks,
 ) -> ErrorBars:
     """The scores of K stacked solutions, with their standard errors, bounds and settled places.
 
@@ -57,6 +59,7 @@ def error_bars(
         damping: That of the solve.
         smallest: A lower bound of the Hessian's eigenvalues.
         size: Training instances at a time.
+        ranks: Who share the work.
     """
     K = strategies.length(solution.value)
     repeats = next(iter(solution.samples.values())).shape[1] if solution.samples else 1
@@ -64,12 +67,14 @@ def error_bars(
     score, losses_and_gradients = strategies.scores(session.model), strategies.losses_and_gradients(session.model)
     dtype = next(iter(vectors.values())).dtype
     scores, norms = torch.zeros(K * repeats, len(train), dtype=dtype), torch.zeros(len(train), dtype=dtype)
-    for indices, stack in session.examples(train, size=size, description="scoring"):
+    share = ranks.share(len(train))
+    for indices, stack in session.examples(train, size=size, description="scoring", chosen=share):
         with session.naming("training", train, indices):
             some, gradients = score(ihvps, stack), losses_and_gradients(stack)[1]
         check_finite("score", "training", indices, some)
         scores[:, indices], norms[indices] = some.cpu(), torch.vmap(tree.norm)(gradients).cpu()
 
+    scores, norms = ranks.sum({"scores": scores, "norms": norms}).values()
     residual_norm = (solution.relative_residual * torch.vmap(tree.norm)(vectors)).cpu()
     bound = score_bound(norms, residual_norm[:, None].to(dtype), damping=damping, smallest=smallest)
     if repeats == 1:

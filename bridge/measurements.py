@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bridge import progress, strategies
+from bridge.distributed import Ranks
 from bridge.session import Session
 from lissa import Params, estimate_spectrum, hvp, tree
 from lissa.stacked import norms as stacked_norms
@@ -20,7 +21,15 @@ SAMPLE = 64
 
 
 def relative_residuals(
-    session: Session, train: Sequence[Any], damping: float, vectors: Params, ihvps: Params, *, size: int, count: int
+    session: Session,
+    train: Sequence[Any],
+    damping: float,
+    vectors: Params,
+    ihvps: Params,
+    *,
+    size: int,
+    count: int,
+    ranks: Ranks,
 ) -> Tensor:
     """`|v - (H + damping I) x| / |v|` on all training data for K stacked vectors, shape `(K,)`; 0 where v is 0.
 
@@ -28,7 +37,7 @@ def relative_residuals(
     """
     found = torch.full_like(stacked_norms(vectors), torch.nan)
     vectors, ihvps = (tree.map(lambda t: t[:count], x) for x in (vectors, ihvps))
-    damped = tree.add_scaled(_product(session, train, ihvps, size), damping, ihvps)
+    damped = tree.add_scaled(_product(session, train, ihvps, size, ranks), damping, ihvps)
     found[:count] = (stacked_norms(tree.sub(vectors, damped)) / stacked_norms(vectors)).nan_to_num(0.0)
     return found
 
@@ -66,18 +75,18 @@ def correlations(
     return (plain * scores).sum(1) / (plain.norm(dim=1) * scores.norm(dim=1))
 
 
-def _product(session: Session, train: Sequence[Any], vectors: Params, size: int) -> Params:
-    """`H v` on all training data for K stacked vectors, in batches weighted by their size."""
-    n = len(train)
+def _product(session: Session, train: Sequence[Any], vectors: Params, size: int, ranks: Ranks) -> Params:
+    """`H v` on all training data for K stacked vectors, in batches weighted by their size, each rank on its share."""
+    n, share = len(train), ranks.share(len(train))
     product = strategies.products(session.model)
     total = tree.zeros_like(vectors)
-    starts = progress.bar(range(0, n, size), description="measuring the residual", show=session.show)
+    starts = progress.bar(range(share.start, share.stop, size), description="measuring the residual", show=session.show)
     for start in starts:
-        indices = list(range(start, min(start + size, n)))
+        indices = list(range(start, min(start + size, share.stop)))
         with session.naming("training", train, indices):
             batch = session.batch(train, indices)
             total = tree.add_scaled(total, len(indices) / n, product(vectors, lambda batch=batch: batch))
-    return total
+    return ranks.sum(total)
 
 
 def _sample(n: int, seed: int) -> list[int]:

@@ -123,9 +123,9 @@ class Session:
     def _rows(self, instances: Sequence[Any]) -> Rows:
         return instances if isinstance(instances, Rows) else Rows(instances, self.collate, self.model.device, pads=True)
 
-    def first_not_finite(self, role: str, instances: Sequence[Any]) -> None:
+    def first_not_finite(self, role: str, instances: Sequence[Any], chosen: Iterable[int] | None = None) -> None:
         """Raises a ValueError that names the first instance whose loss or gradient is not finite, if there is one."""
-        for i in range(len(instances)):
+        for i in range(len(instances)) if chosen is None else chosen:
             self.loss_and_gradient(role, instances, i)
 
     def _try_together(self, role: str, instances: Sequence[Any], indices: list[int]) -> None:

@@ -173,8 +173,7 @@ def inverse_products(
         lambda v, batches: solve_lissa(matvec, v, batches, **settings),
         lambda vectors, batches: solve_lissa_stacked(stacked, vectors, batches, **settings),
     )
-    bytes_of_one = sum(p.nbytes for p in model.params.values())
-    size = max(1, CACHE_BYTES // bytes_of_one) if model.device.type == "cpu" else STACK_LIMIT
+    size = vectors_at_once(model)
 
     def in_chunks(vectors: Params, make: Callable[[], Iterable[Batch]]) -> Solution:
         K = length(vectors)
@@ -185,6 +184,12 @@ def inverse_products(
         return parts[0] if len(parts) == 1 else pytree.tree_map(lambda *t: torch.cat(t), *parts)
 
     return in_chunks
+
+
+def vectors_at_once(model: Functional) -> int:
+    """How many vectors LiSSA steps through together."""
+    bytes_of_one = sum(p.nbytes for p in model.params.values())
+    return max(1, CACHE_BYTES // bytes_of_one) if model.device.type == "cpu" else STACK_LIMIT
 
 
 CACHE_BYTES = 2**23

@@ -86,6 +86,7 @@ def solve_lissa_stacked(
     *,
     damping: float = 0.0,
     scale: float = 1.0,
+    state: LissaRun | None = None,
     throw: bool = True,
 ) -> Solution:
     """`x_k ~ (H + damping I)^-1 v_k` by `h_k <- v_k + h_k - (H_t h_k + damping h_k) / scale`, `x_k = h_k / scale`.
@@ -98,6 +99,8 @@ def solve_lissa_stacked(
         batches: One batch a step; each has equal weight.
         damping: In the units of `H`.
         scale: In the units of `H`. The step size is `1 / scale`; it never changes the answer.
+        state: `state` of the solution that an earlier call ended with; given the batches that come next, the result is
+            bit for bit that of one long call.
         throw: Whether a failure raises `SolverError`. If False, it is data: `status` names it, `value` is all NaN.
 
     Returns:
@@ -120,7 +123,7 @@ def solve_lissa_stacked(
     checks.params("solve_lissa_stacked", v, "v")
     checks.non_negative("solve_lissa_stacked", "damping", damping)
     checks.positive("solve_lissa_stacked", "scale", scale)
-    run = _start(v)
+    run = state or _start(v)
     trace: list[Tensor] = []
     for step, batch in enumerate(batches, start=1):
         h = run.state.h
@@ -137,6 +140,7 @@ def solve_lissa_stacked(
         length=run.length,
         steps=run.state.step,
         trace=trace,
+        state=run,
         random=True,
     )
     solved = _of_rows(solution.status < Status.DIVERGED, run.state.h)
