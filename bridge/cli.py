@@ -9,16 +9,17 @@ interrupted; 143 terminated, as a batch system does.
 
 import argparse
 import math
+import os
 import shlex
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bridge import results
+from bridge import distributed, results
 from bridge.checkpoint import CheckpointError
 from bridge.files import InputError
 from bridge.settings import SOLVER_NAMES
@@ -38,9 +39,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     arguments.command_line = shlex.join(["simple-influence", *(sys.argv[1:] if argv is None else argv)])
+    with _one_talks():
+        return _exit_code(arguments)
+
+
+@contextmanager
+def _one_talks() -> Iterator[None]:
+    """Of the processes that torchrun started, all but the first are silent inside."""
+    if distributed.first_here():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+def _exit_code(arguments: argparse.Namespace) -> int:
+    """Runs the command; errors become words and a code."""
     try:
         with _termination_as_interrupt():
             return arguments.run(arguments)
+    except distributed.RankError as error:
+        has_the_word = distributed.second_here() if error.first_is_gone else distributed.first_here()
+        if has_the_word:
+            print(f"{type(error).__name__}: {error}", file=sys.__stderr__, flush=True)
+        return FAILED
     except KeyboardInterrupt as interrupt:
         print("Interrupted.", file=sys.stderr)
         return TERMINATED if isinstance(interrupt, _Terminated) else INTERRUPTED
@@ -269,7 +291,7 @@ def _job(arguments: argparse.Namespace, *, needs_test: bool) -> "Job":
 
     train, test = arguments.train, getattr(arguments, "test", None)
     try:
-        device = torch.device(arguments.device)
+        device = distributed.local_device(torch.device(arguments.device))
     except RuntimeError as error:
         raise InputError(f"--device {arguments.device}: {str(error).splitlines()[0]}") from error
     directory = Path(arguments.model)
@@ -334,6 +356,8 @@ def _writable(arguments: argparse.Namespace) -> None:
         import pyarrow  # noqa: F401  # pyright: ignore[reportMissingImports]
     if not arguments.no_report:
         import jinja2  # noqa: F401  # pyright: ignore[reportMissingImports]
+    if not distributed.first_here():
+        return
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
         probe = arguments.out / "settings.json"
@@ -346,6 +370,8 @@ def _finish(arguments: argparse.Namespace, job: "Job", solved: "Solved", table: 
     """Says what was solved, and writes the settings and the report."""
     from bridge import report, run
 
+    if not distributed.first_here():
+        return 0
     settings = report.repeatable(arguments.command_line, job, _settings(arguments, job), solved.diagnostics)
     written = [table, report.write_settings(arguments.out / "settings.json", settings)]
     if not arguments.no_report:

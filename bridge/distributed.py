@@ -39,11 +39,18 @@ SILENCE_AFTER_BREAK = 5.0
 """The same once a connection has broken: then some process is gone, and the only question is which."""
 
 PATIENCE = timedelta(days=30)
-"""How long one process may work while the others wait. That it is alive is watched otherwise."""
+"""How long one process may work while the others wait, in a group made here. That it is alive is watched otherwise."""
 
 
 class RankError(RuntimeError):
     """Another process failed or died; the message says which, and as far as known why."""
+
+    def __init__(self, reason: str):
+        super().__init__(f"{reason.removesuffix('.')}. {_START_AGAIN}")
+        self.first_is_gone = reason.startswith("Rank 0 ")
+
+
+_START_AGAIN = "Start again: with a checkpoint_dir the run goes on from its latest state, on any number of processes."
 
 
 class Ranks:
@@ -147,6 +154,12 @@ class Ranks:
             yield
         except RankError:
             raise
+        except KeyboardInterrupt:
+            # A launcher ends the others when one is gone, before they had the time to find out which.
+            if self._watch.broken is not None:
+                raise self._watch.explained(self._watch.broken) from None
+            self._watch.tell("was interrupted")
+            raise
         except BaseException as error:
             self._watch.tell(f"failed with {type(error).__name__}: {error}")
             raise
@@ -210,6 +223,7 @@ class _Watch:
         self._store = dist.distributed_c10d.PrefixStore(f"lissa/{names}", store)
         self._rank, self._size = rank, size
         self._call = 0
+        self.broken: Exception | None = None
         self._seen: dict[int, tuple[bytes, float]] = {}
         self._stop: threading.Event | None = None
         self._since = time.monotonic()
@@ -238,7 +252,7 @@ class _Watch:
         """Raises a RankError if another process has told why it ended, or has said nothing for so long."""
         try:
             if self._store.check([f"{self._call}/reason"]):
-                raise RankError(_told(self._store.get(f"{self._call}/reason").decode()))
+                raise RankError(self._store.get(f"{self._call}/reason").decode())
             now = time.monotonic()
             missing = []
             for rank in range(self._size):
@@ -251,14 +265,12 @@ class _Watch:
                 if self._seen.get(rank, (b"", 0.0))[0] != beat:
                     self._seen[rank] = (beat, now)
                 if now - self._seen[rank][1] > silence:
-                    reason = self.tell(f"died, or has not answered for {silence:.0f} s", rank)
-                    raise RankError(_told(reason))
+                    raise RankError(self.tell(f"died, or has not answered for {silence:.0f} s", rank))
         except RankError:
             raise
         except RuntimeError as error:
             raise RankError(
-                f"Rank 0 of {self._size}, or the launcher, whichever keeps the store of torch.distributed, died. "
-                f"{_START_AGAIN}"
+                f"Rank 0 of {self._size}, or the launcher, whichever keeps the store of torch.distributed, died."
             ) from error
         if missing and not self._warned and now - self._since > SILENCE_SECONDS:
             self._warned = True
@@ -270,6 +282,7 @@ class _Watch:
 
     def explained(self, error: Exception) -> Exception:
         """A RankError for a collective that failed: waits until it is known whose process is gone."""
+        self.broken = error
         until = time.monotonic() + 2 * SILENCE_AFTER_BREAK
         self._seen.clear()
         while time.monotonic() < until:
@@ -306,13 +319,6 @@ class _Watch:
         beats.join(2 * LOOK_SECONDS)
 
 
-def _told(reason: str) -> str:
-    return f"{reason.removesuffix('.')}. {_START_AGAIN}"
-
-
-_START_AGAIN = "Start again: with a checkpoint_dir the run goes on from its latest state, on any number of processes."
-
-
 _ranks: dict[Any, Ranks] = {}
 
 
@@ -322,7 +328,8 @@ def ranks_of(call: str, process_group: Any, device: torch.device) -> Ranks:
     Args:
         call: For errors.
         process_group: `"all"`: every process of `torch.distributed`, if it is initialised or torchrun started this
-            process, which then initialises it; a group; or None, this process alone.
+            process, which then initialises it; a group, whose timeout bounds how long one may wait for another; or
+            None, this process alone.
         device: Where the work is done: it decides what connects processes that torchrun started.
 
     Raises:
@@ -348,13 +355,23 @@ def ranks_of(call: str, process_group: Any, device: torch.device) -> Ranks:
     if dist.get_rank(group) < 0:
         raise ValueError(f"`{call}(process_group=...)`: this process, rank {dist.get_rank()}, is not in the group.")
     if group not in _ranks:
-        _ranks[group] = Ranks(_patient(group))
+        _ranks[group] = Ranks(group)
     return _ranks[group]
 
 
 def launched() -> bool:
     """Whether torchrun started this process, among others."""
     return dist.is_available() and dist.is_torchelastic_launched() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def first_here() -> bool:
+    """Whether this process is the only one, or the first that torchrun started: the one that prints and writes."""
+    return not launched() or os.environ.get("RANK") == "0"
+
+
+def second_here() -> bool:
+    """Whether this is the process that has the word where the first is gone."""
+    return launched() and os.environ.get("RANK") == "1"
 
 
 def local_device(device: torch.device) -> torch.device:
@@ -377,16 +394,6 @@ def check_whole(call: str, model: nn.Module) -> None:
     kind = type(model).__name__
     if kind in ("DistributedDataParallel", "FullyShardedDataParallel"):
         raise ValueError(f"`{call}(model=...)` must be the model itself, got it inside {kind}: pass `model.module`.")
-
-
-def _patient(group: Any) -> Any:
-    """A group of the same processes in which one may wait long for another; see `PATIENCE`."""
-    return dist.new_group(
-        dist.get_process_group_ranks(group),
-        timeout=PATIENCE,
-        backend=dist.get_backend(group),
-        use_local_synchronization=True,
-    )
 
 
 def _leave() -> None:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from bridge import diagnostics, gauss_newton, progress, results, strategies
+from bridge import diagnostics, distributed, gauss_newton, progress, results, strategies
 from bridge.data import collate
 from bridge.diagnostics import Diagnostics, InfluenceWarning
 from bridge.functional import evaluation, functional
@@ -178,8 +178,9 @@ def rank_by_self_influence(job: Job, settings: Settings, path: Path) -> Solved:
             ranked += found
             parts.append(part)
     ranked.sort(key=lambda one: -one.score)
-    with results.table(path, columns) as table:
-        table.write([_self_row(job.place, rank, one) for rank, one in enumerate(ranked, 1)])
+    if distributed.first_here():
+        with results.table(path, columns) as table:
+            table.write([_self_row(job.place, rank, one) for rank, one in enumerate(ranked, 1)])
     return Solved(ranked, diagnostics.joined(parts))
 
 
@@ -272,6 +273,9 @@ def _numel(job: Job, names: list[str]) -> int:
 @contextmanager
 def _kept(path: Path, columns: Sequence[str], done: list[Any], of: str) -> Iterator[results.Table]:
     """A table; if the work inside is cut short, it says what is kept and where."""
+    if not distributed.first_here():
+        yield results.Nowhere()
+        return
     try:
         with results.table(path, columns) as table:
             yield table
