@@ -89,14 +89,18 @@ class Ranks:
         share = self.share(n)
         return [i for i in rows if i in share] if self.size > 1 else list(rows)
 
-    def sum(self, tensors: Params) -> Params:
-        """`sum_r tensors_r`, the same on all; also inside `torch.vmap`. One message, whatever the number of tensors."""
+    def sum(self, tensors: Params, weight: float = 1.0) -> Params:
+        """`sum_r weight_r tensors_r`, the same on all; also inside `torch.vmap`. One message a dtype.
+
+        A process alone returns what it has, so its weight must be 1.
+        """
         if self._watch is None:
             return tensors
         found = {}
         for dtype in dict.fromkeys(t.dtype for t in tensors.values()):
             some = {name: t for name, t in tensors.items() if t.dtype == dtype}
-            flat = _Sum.apply(torch.cat([t.reshape(-1) for t in some.values()]), self)
+            flat = torch.cat([t.reshape(-1) for t in some.values()])
+            flat = _Sum.apply(flat if weight == 1.0 else flat.mul_(weight), self)
             parts = flat.split([t.numel() for t in some.values()])
             found |= {name: part.reshape(t.shape) for (name, t), part in zip(some.items(), parts, strict=True)}
         return {name: found[name] for name in tensors}
@@ -171,9 +175,9 @@ class Ranks:
         return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
     def _reduce(self, flat: Tensor) -> Tensor:
-        """The sum over processes, in a tensor of its own."""
-        message = flat.detach().to(self._device if self._device.type == "cuda" else flat.device, copy=True)
-        self._run(dist.all_reduce, message.contiguous())
+        """The sum over processes, in place of `flat` where it can be."""
+        message = flat.detach().contiguous().to(self._device if self._device.type == "cuda" else flat.device)
+        self._run(dist.all_reduce, message)
         return message.to(flat.device)
 
     def _run(self, collective: Callable[..., Any], *args: Any) -> None:

@@ -98,7 +98,7 @@ def _in_pieces(
             return ranks.sum(tree.zeros_like(vectors))
         with session.naming("training", train, mine):
             product = products(vectors, lambda: session.batch(train, mine))
-        return product if ranks.size == 1 else ranks.sum(tree.scale(len(mine) / len(rows), product))
+        return ranks.sum(product, len(mine) / len(rows))
 
     def solve_some(vectors: Params, run: Run, record: Record) -> dict[str, Any]:
         state = _state_of(record.get("state"))

@@ -159,8 +159,7 @@ def on_all_data(
     of_share = mean_matvec(matvec, batches, weights=[len(chunk) for chunk in chunks]) if batches else tree.zeros_like
 
     def full(v: Params) -> Params:
-        product = of_share(v)
-        return product if ranks.size == 1 else ranks.sum(tree.scale(len(share) / len(train), product))
+        return ranks.sum(of_share(v), len(share) / len(train))
 
     if plan is None:
         solve_one = partial(SOLVERS[choice.solver], full, damping=choice.damping, rtol=rtol, throw=False)
@@ -254,8 +253,7 @@ def _product(session: Session, train: Sequence[Any], matvec: BatchMatvec, ranks:
         return partial(matvec, batch)
 
     def product(v: Params) -> Params:
-        part = tree.scale(len(mine) / len(rows), matvec(batch, v)) if mine else tree.zeros_like(v)
-        return ranks.sum(part)
+        return ranks.sum(matvec(batch, v), len(mine) / len(rows)) if mine else ranks.sum(tree.zeros_like(v))
 
     return product
 
