@@ -155,6 +155,35 @@ def _parser() -> argparse.ArgumentParser:
     _add_job(check, test_is="examples to solve for; the default is training examples")
     _add_settings(check)
     check.set_defaults(run=_check)
+
+    plan = commands.add_parser(
+        "plan",
+        help="time, memory and traffic of a large run, from a short probe",
+        description="Reads a part of the data, takes a few steps of each kind, and says what `run` with LiSSA would "
+        "need on each of several numbers of processes. Under torchrun the traffic between the processes is measured "
+        "too.",
+    )
+    _add_job(plan, test_is="a few of the examples to explain")
+    size = plan.add_argument_group("the run that is planned")
+    _add_params(size)
+    size.add_argument("--examples", type=_positive_count, metavar="N", help="training examples (those of --train)")
+    size.add_argument("--tests", type=_positive_count, metavar="T", help="examples to explain (those of --test)")
+    size.add_argument("--steps", type=_positive_count, required=True, help="LiSSA's steps")
+    size.add_argument("--batch-size", type=_positive_count, default=32, help="training examples a step (%(default)s)")
+    size.add_argument(
+        "--processes", type=_counts, default=[1, 2, 4, 8], metavar="R,R,...", help="numbers of processes (1,2,4,8)"
+    )
+    size.add_argument("--memory", type=_number, metavar="GB", help="that a process may hold")
+    size.add_argument("--hours", type=_number, help="that the run may take")
+    size.add_argument(
+        "--bandwidth",
+        type=_positive_number,
+        default=1.0,
+        metavar="GB/S",
+        help="from one process to the next (%(default)g)",
+    )
+    size.add_argument("--latency", type=_number, default=50.0, metavar="MICROSECONDS", help="(%(default)g)")
+    plan.set_defaults(run=_plan)
     return parser
 
 
@@ -179,9 +208,8 @@ def _add_job(parser: argparse.ArgumentParser, *, test_is: str | None) -> None:
     job.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (%(default)s)")
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
-    settings = parser.add_argument_group("what is solved: (H + ridge I) x = gradient")
-    settings.add_argument(
+def _add_params(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument(
         "--params",
         action="append",
         default=[],
@@ -189,6 +217,11 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         help="measure influence in the parameters whose names begin with a match, the others being constants; may be "
         r"given several times (all parameters). Example: --params 'classifier|bert\.encoder\.layer\.5'",
     )
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    settings = parser.add_argument_group("what is solved: (H + ridge I) x = gradient")
+    _add_params(settings)
     settings.add_argument(
         "--solver",
         choices=SOLVER_NAMES,
@@ -280,6 +313,34 @@ def _check(arguments: argparse.Namespace) -> int:
         print("NOT MEANINGFUL with these settings.")
         return NOT_MEANINGFUL
     print("No reason was found to distrust scores with these settings.")
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from bridge import plan, run
+
+    job = _job(arguments, needs_test=True)
+    # Ridge and scale change what is solved, not what it costs.
+    settings = run.Settings(
+        params=tuple(arguments.params), solver="lissa", ridge=1.0, scale=1e6, steps=arguments.steps,
+        batch_size=arguments.batch_size, progress=False,
+    )  # fmt: skip
+    network = plan.Network(arguments.bandwidth * 1e9, arguments.latency * 1e-6)
+    plans = run.plan(
+        job, settings, ranks=arguments.processes, n=arguments.examples, tests=arguments.tests, network=network
+    )
+    work = plans[0].work
+    print(
+        f"{work.tests:,} test examples against {work.n:,} training examples in {run.parameters(job, settings):,} "
+        f"parameters, by {work.steps:,} LiSSA steps of {work.batch_size:,}, {work.together} solved for together:"
+    )
+    print(
+        plan.in_words(
+            plans,
+            memory=None if arguments.memory is None else arguments.memory * 1e9,
+            seconds=None if arguments.hours is None else arguments.hours * 3600,
+        )
+    )
     return 0
 
 
@@ -393,6 +454,17 @@ def _count(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"must be a whole number >= 0, got {text!r}")
     return value
+
+
+def _positive_number(text: str) -> float:
+    value = _number(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("must be a number > 0, got 0")
+    return value
+
+
+def _counts(text: str) -> list[int]:
+    return [_positive_count(part) for part in text.split(",")]
 
 
 def _positive_count(text: str) -> int:

@@ -13,6 +13,9 @@ from torch.utils import _pytree as pytree
 from bridge.data import Instance, grouped, stacked_alike, to_device
 from lissa import Batch, take
 
+MOST_KEPT = 2**28
+"""Bytes of instances that `gather` keeps in memory, unless told otherwise."""
+
 CHUNK = 256
 """Instances collated together while all are gathered."""
 
@@ -44,7 +47,7 @@ class Rows(Sequence[Any]):
         *,
         vocab: Any = None,
         pads: bool = False,
-        most_bytes: int = 2**28,
+        most_bytes: int = MOST_KEPT,
     ):
         self._instances = instances
         self._collate = collate
@@ -75,6 +78,11 @@ class Rows(Sequence[Any]):
         if self._gathered is None and not self._pads:
             self._held = range(len(self)) if share is None else share
             self._gathered = self._all_together(self._held)
+
+    @property
+    def kept_bytes(self) -> int:
+        """What `gather` keeps in memory."""
+        return sum(leaf.nbytes for leaf in pytree.tree_leaves(self._gathered) if isinstance(leaf, Tensor))
 
     def examples(self, size: int, chosen: Iterable[int] | None = None) -> Iterator[tuple[list[int], Batch]]:
         """Instances, each a batch of one, in stacks of at most `size`, with their indices.

@@ -18,6 +18,7 @@ from bridge.diagnostics import Diagnostics, InfluenceWarning
 from bridge.functional import evaluation, functional
 from bridge.interpreter import CHECKPOINT_EVERY, InstanceInfluence
 from bridge.job import Example, Job, Numbered, freezing_the_rest, kept
+from bridge.plan import Network, Plan
 from bridge.session import Session
 from bridge.simple_influence import SimpleInfluence
 
@@ -211,6 +212,30 @@ def check(job: Job, settings: Settings) -> Diagnostics:
     return found
 
 
+def plan(
+    job: Job, settings: Settings, *, ranks: Sequence[int], n: int | None, tests: int | None, network: Network
+) -> list[Plan]:
+    """What `explain` would cost; see `SimpleInfluence.plan`.
+
+    Args:
+        job: With a few test instances.
+        settings: How, with a number of steps.
+        ranks: Numbers of processes.
+        n: Training examples; None for those of the job.
+        tests: Test examples; None for those of the job.
+        network: What connects the processes.
+
+    Returns:
+        A plan for each of `ranks`.
+    """
+    names = kept(job.model, settings.params)
+    examples = Numbered(job.test)
+    influence = _influence(job, settings, names, n)
+    few = [examples[t] for t in range(min(GROUP, len(examples)))]
+    tests = len(examples) if tests is None else tests
+    return influence.plan(few, ranks=ranks, n=n, tests=tests, together=GROUP, network=network)
+
+
 def parameters(job: Job, settings: Settings) -> int:
     """How many numbers influence is measured in, at most."""
     return _numel(job, kept(job.model, settings.params))
@@ -239,14 +264,14 @@ def _groups(
         yield found, influence.diagnostics
 
 
-def _influence(job: Job, settings: Settings, names: list[str]) -> SimpleInfluence:
+def _influence(job: Job, settings: Settings, names: list[str], n: int | None = None) -> SimpleInfluence:
     return SimpleInfluence.from_dataset(
         job.model,
         Numbered(job.train),
         loss_fn=job.loss_fn,
         collate_fn=_collate(job),
         params_to_freeze=freezing_the_rest(job.model, names),
-        lissa_batch_size=min(settings.batch_size, len(job.train)),
+        lissa_batch_size=min(settings.batch_size, n or len(job.train)),
         solver=settings.solver,
         recursion_depth=settings.steps,
         scale=settings.scale,

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from bridge import compat as allennlp_order
 from bridge import diagnostics as report
-from bridge import gauss_newton, measurements, recursion, settings, solving
+from bridge import gauss_newton, measurements, plan, recursion, settings, solving
 from bridge.checkpoint import Record
 from bridge.data import CollateFn, DatasetReader, Lazy, LazyLoader, SimpleDataLoader, check_dataset
 from bridge.diagnostics import Diagnostics, InfluenceWarning
@@ -26,7 +26,8 @@ from bridge.error_bars import error_bars
 from bridge.functional import OutputLoss, evaluation, functional
 from bridge.interpreter import CHECKPOINT_EVERY, SCORE_BATCH_SIZE, InfluenceInterpreter, InstanceWithGrads, Solve
 from bridge.outputs import EstimatedOutput, InfluenceEstimate
-from bridge.rows import Rows
+from bridge.plan import Network, Plan
+from bridge.rows import MOST_KEPT, Rows
 from bridge.scoring import Reduced, Reduction
 from bridge.session import Session
 from bridge.solving import Choice
@@ -370,6 +371,67 @@ class SimpleInfluence(InfluenceInterpreter):
             self._close(session)
         return found
 
+    def plan(
+        self,
+        test_instances: Iterable[Any],
+        *,
+        ranks: Sequence[int] = (1,),
+        n: int | None = None,
+        tests: int | None = None,
+        together: int | None = None,
+        network: Network | None = None,
+    ) -> list[Plan]:
+        """Time, memory and traffic of `interpret_instances`, for several numbers of processes, from a short probe.
+
+        The probe takes some seconds: it reads a part of the training data and takes a few steps of each kind on this
+        machine, whose processes stand for all.
+
+        Args:
+            test_instances: A few, with their labels.
+            ranks: Numbers of processes.
+            n: Training instances; the default is as many as there are.
+            tests: Test instances; the default is as many as are given.
+            together: Test instances that are solved for together; the default is as many as this class would.
+            network: What connects the processes; the default is measured between those that share the work of this
+                call, or 1 GB/s and 50 microseconds if there is only this one.
+
+        Returns:
+            A `bridge.plan.Plan` for each of `ranks`.
+
+        Raises:
+            ValueError: If the steps are not known, because the solver chooses them, or a number is out of range.
+        """
+        n, wanted = len(self._train) if n is None else n, self.settings
+        given = self._listed("plan", test_instances)
+        tests = len(given) if tests is None else tests
+        for name, count in (("n", n), ("tests", tests), *(("ranks", count) for count in ranks)):
+            checks.count("plan", name, count)
+        if not len(given) or wanted.solver != "lissa" or wanted.steps is None or self._compat:
+            raise ValueError(
+                "`plan` needs a test instance, and solver='lissa' with recursion_depth=..., a number of steps, got "
+                f"{len(given)} test instances, solver={wanted.solver!r} and {wanted.steps} steps."
+            )
+        with self._session() as session:
+            K = min(tests, self._vectors_at_once(session), together or tests)
+            work = plan.Work(
+                n=n,
+                tests=tests,
+                together=K,
+                batch_size=wanted.batch_size,
+                steps=wanted.steps,
+                repeats=wanted.num_samples,
+                measured=self._measured(K, wanted.steps, n, all_of_them=bool(self._measure_residual)),
+                score_batch_size=self._score_batch_size,
+                ranks=1,
+            )
+            works = [work._replace(ranks=count) for count in ranks]
+            network = plan.network_of(self._ranks, network or Network())
+            rates = plan.measured(session, self._train, given, works)
+        return [
+            plan.predicted(work, measured, network, most_kept=MOST_KEPT)
+            for work, measured in zip(works, rates, strict=True)
+        ]
+
     def self_influence(self, chosen: Sequence[int] | None = None) -> Tensor:
         """See `InfluenceInterpreter.self_influence`; with `solver="gauss-newton"`, all are solved for at once."""
         if self.settings.solver != gauss_newton.NAME:
@@ -493,18 +555,18 @@ class SimpleInfluence(InfluenceInterpreter):
             return self._draw(choice.steps) if drawn is None else drawn
 
         def measured(vectors: int) -> int:
-            if measure_all:
-                return vectors
-            return 0 if self._measure_residual is False else self._worth_measuring(vectors, choice.steps)
+            return self._measured(vectors, choice.steps, len(self._train), all_of_them=measure_all)
 
         return recursion.solver(
             session, self._train, choice, runs, measured=measured, size=self._score_batch_size, ranks=self._ranks
         )
 
-    def _worth_measuring(self, vectors: int, steps: int) -> int:
+    def _measured(self, vectors: int, steps: int, n: int, *, all_of_them: bool) -> int:
         """How many residuals: those whose products cost at most a quarter of the solve's, one at least; see class."""
+        if all_of_them or self._measure_residual is False:
+            return vectors if all_of_them else 0
         multiplied = vectors * steps * self.settings.batch_size * self.settings.num_samples
-        return min(vectors, max(1, multiplied // (4 * len(self._train))))
+        return min(vectors, max(1, multiplied // (4 * n)))
 
     def _draw(self, steps: int) -> list[recursion.Run]:
         """The batches of each run, as indices: the next ones of passes that go on from call to call."""
