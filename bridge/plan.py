@@ -161,7 +161,7 @@ def predicted(work: Work, rates: Rates, network: Network, *, most_kept: int) -> 
         >>> rates = Rates(1e-5, 1e-8, 1e-3, 1e-3, 1e-5, 1e-4, 4, 400, 10**8)
         >>> plan = predicted(work, rates, Network(), most_kept=10**6)
         >>> [round(seconds, 4) for seconds in plan.seconds.values()], round(plan.total_seconds, 2)
-        ([0.0101, 0.02, 0.1, 0.02, 0.2], 0.35)
+        ([0.01, 0.02, 0.1, 0.02, 0.2], 0.35)
     """
     share, groups = work.n / work.ranks, work.tests / work.together
     kept = 0 < rates.row_bytes * share <= most_kept
