@@ -172,8 +172,7 @@ def median(values: list[float]) -> float:
 
 def extremes(curvature: Curvature) -> tuple[float, float]:
     """The largest eigenvalue and the trace of the mean, exactly."""
-    rows = curvature.factors.flatten(0, 1) / math.sqrt(N)
-    return float(torch.linalg.matrix_norm(rows, 2) ** 2), float(rows.square().sum())
+    return float(torch.linalg.eigvalsh(curvature.mean)[-1]), float(curvature.mean.trace())
 
 
 def factors(problem: Problem) -> Tensor:
