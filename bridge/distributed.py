@@ -80,9 +80,10 @@ class Ranks:
         """Whether this is the one that prints and writes files."""
         return self.rank == 0
 
-    def share(self, n: int) -> range:
-        """This process's part of `range(n)`; parts are as long as each other, give or take one, in order of rank."""
-        return range(self.rank * n // self.size, (self.rank + 1) * n // self.size)
+    def share(self, n: int, rank: int | None = None) -> range:
+        """This process's part, or another's, of `range(n)`: all as long, give or take one, in order of rank."""
+        rank = self.rank if rank is None else rank
+        return range(rank * n // self.size, (rank + 1) * n // self.size)
 
     def of_share(self, rows: Sequence[int], n: int) -> list[int]:
         """Those of `rows`, below n, that are this process's, in their order."""

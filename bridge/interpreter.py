@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from bridge import checkpoint, distributed, fingerprint, progress, scoring, settings, strategies
+from bridge import distributed, fingerprint, progress, recording, scoring, settings, strategies
 from bridge.archives import FromArchive
-from bridge.checkpoint import Record
+from bridge.checkpoint import Directory, Record
 from bridge.data import (
     CollateFn,
     DatasetReader,
@@ -26,8 +26,10 @@ from bridge.data import (
     collate,
     is_sequence,
 )
+from bridge.distributed import Ranks
 from bridge.functional import OutputLoss, evaluation, functional, unused
 from bridge.outputs import BothEnds, InstanceInfluence, InstanceWithGrads, InterpretOutput
+from bridge.recording import Keeping
 from bridge.rows import Rows
 from bridge.scoring import Columns, Reduced, Reduction, TopK
 from bridge.session import Session, check_finite
@@ -119,11 +121,11 @@ class InfluenceInterpreter(FromArchive):
         self.vocab = getattr(model, "vocab", None)
         self._ranks = distributed.ranks_of(call, process_group, self.device)
         self.progress = progress and self._ranks.first
-        self._states: checkpoint.Directory | None = None
+        self._keeping: Keeping | None = None
         if checkpoint_dir is not None:
-            self._states = checkpoint.Directory(Path(checkpoint_dir))
-            self._ranks.raise_first(partial(self._states.check, call) if self._ranks.first else lambda: None)
-        self._checkpoint_every = float(checkpoint_every)
+            states = Directory(Path(checkpoint_dir))
+            self._ranks.raise_first(partial(states.check, call) if self._ranks.first else lambda: None)
+            self._keeping = Keeping(call, states, float(checkpoint_every), self.device)
         self._calls = 0
         self._train_digest: str | None = None
         self._loss_fn = loss_fn
@@ -409,46 +411,31 @@ class InfluenceInterpreter(FromArchive):
     def _recorded(self, session: Session, call: str, tests: Rows | None, **arguments: Any) -> Iterator[Record]:
         """What is known of a public call from earlier runs, and where what is found goes."""
         self._calls += 1
-        if self._states is None and self._ranks.size == 1:
+        if self._keeping is None and self._ranks.size == 1:
             yield Record()
             return
         same = self._fingerprint(session, call, tests, arguments)
-        for rank, differs in enumerate(self._ranks.gathered(checkpoint.differences(self._ranks.agreed(same), same))):
-            if differs:
-                raise ValueError(f"`{call}`: rank {rank} does not make the call of rank 0. It differs in: {differs}.")
-        if self._states is None:
+        recording.check_agreement(call, same, self._ranks)
+        if self._keeping is None:
             yield Record()
             return
-        name = f"call-{self._calls:04d}"
-        same |= self._fingerprint_of_data(session)
-        left: dict[str, Any] = {}
-
-        def open_state() -> None:
-            states = self._states or checkpoint.Directory(Path())
-            one = sum(p.nbytes for p in session.model.params.values())
-            held = min(self._vectors_at_once(session), len(tests or range(SELF_BATCH_SIZE)))
-            states.check_space(type(self).__name__, checkpoint.COPIES * 2 * held * one)
-            found = states.read(name)
-            left.update({} if found is None else checkpoint.belonging(type(self).__name__, states, found, same))
-
-        self._ranks.raise_first(open_state if self._ranks.first else lambda: None)
-        values = self._ranks.agreed(left)
-        write = None
-        if self._ranks.first:
-            write = partial(self._states.write_values, name, same)
-        record = Record(write, values, every=self._checkpoint_every, device=self.device)
-        yield record
-        record.save()
+        self._train_digest = self._train_digest or recording.of_instances(self._train, self._ranks, self._share)
+        same["the training data"] = self._train_digest
+        same["the loss of training instance 0"] = recording.of_loss(session, self._train, self._ranks)
+        held = min(self._vectors_at_once(session), SELF_BATCH_SIZE if tests is None else len(tests))
+        needed = 2 * held * sum(p.nbytes for p in session.model.params.values())  # iterates, and what is solved
+        with recording.opened(self._keeping, f"call-{self._calls:04d}", same, self._ranks, needed=needed) as record:
+            yield record
 
     def _fingerprint(
         self, session: Session, call: str, tests: Rows | None, arguments: dict[str, Any]
     ) -> dict[str, str | float]:
         """What all processes, and all runs that go on from each other, must have in common."""
-        of_tests = {}
-        if tests is not None:
-            starts = range(0, len(tests), fingerprint.CHUNK)
-            digests = fingerprint.of_rows(tests, lambda i: tests.batch([i]), starts)
-            of_tests = {"the test instances": fingerprint.of_chunks(digests), "how many of them": str(len(tests))}
+        alone = Ranks()
+        of_tests = {} if tests is None else {
+            "the test instances": recording.of_instances(tests, alone, alone.share(len(tests))),
+            "how many of them": str(len(tests)),
+        }  # fmt: skip
         return {
             "the call": call,
             **{f"its argument {name}": str(value) for name, value in arguments.items()},
@@ -461,16 +448,6 @@ class InfluenceInterpreter(FromArchive):
             **fingerprint.of_versions(),
             **fingerprint.of_model(self.model),
         }
-
-    def _fingerprint_of_data(self, session: Session) -> dict[str, str | float]:
-        """Of the training data, each process reading its share, and of the loss, which no digest tells."""
-        if self._train_digest is None:
-            starts = [start for start in range(0, len(self._train), fingerprint.CHUNK) if start in self._share]
-            digests = fingerprint.of_rows(self._train, lambda i: self._train.batch([i]), starts)
-            joined = {start: digest for part in self._ranks.gathered(digests) for start, digest in part.items()}
-            self._train_digest = fingerprint.of_chunks(joined)
-        first = session.losses("training", self._train, [0])[0] if self._ranks.first else 0.0
-        return {"the training data": self._train_digest, "the loss of training instance 0": self._ranks.agreed(first)}
 
     @contextmanager
     def _session(self) -> Iterator[Session]:

@@ -3,13 +3,14 @@
 Knows what LiSSA and scoring do how often, and measures how long each takes here, on the model and data themselves;
 knows nothing of rankings. The parts, for K right-hand sides together, on one of R processes:
 
+    start       what first calls cost more than others
     reading     n / R rows, once if they are kept in memory, else each time they are used
     gradients   K / R test gradients
     LiSSA       repeats * steps * (K products with the process's rows of a batch, and the sum over processes)
     residual    n / R products of the right-hand sides that are measured
     scoring     n / R rows, K scores each
 
-and that for each group of K out of all T test instances.
+and that, from the gradients on, for each group of K out of all T test instances.
 """
 
 import math
@@ -23,10 +24,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bridge import strategies
+from bridge import recursion, strategies
+from bridge.checkpoint import Record
 from bridge.distributed import Ranks
 from bridge.rows import Rows
 from bridge.session import Session
+from bridge.solving import Choice
 from lissa import Params, tree
 
 PROBE_SECONDS = 0.5
@@ -104,6 +107,7 @@ class Rates(NamedTuple):
     """What was measured, in seconds and bytes, on one process.
 
     Attributes:
+        start: Seconds that first calls take more than others do.
         read: Seconds to read one training row and collate it.
         draw: Seconds to draw one row of a batch.
         step: Of one LiSSA step of a group, with this process's rows of a batch, kept in memory.
@@ -115,6 +119,7 @@ class Rates(NamedTuple):
         process_bytes: The most that the process held while all this was measured, its model and a group included.
     """
 
+    start: float
     read: float
     draw: float
     step: float
@@ -158,10 +163,10 @@ def predicted(work: Work, rates: Rates, network: Network, *, most_kept: int) -> 
 
     Example:
         >>> work = Work(1000, 20, 10, 100, 50, 1, 1, 128, 1)
-        >>> rates = Rates(1e-5, 1e-8, 1e-3, 1e-3, 1e-5, 1e-4, 4, 400, 10**8)
+        >>> rates = Rates(0.5, 1e-5, 0.0, 1e-3, 1e-3, 1e-5, 1e-4, 4, 400, 10**8)
         >>> plan = predicted(work, rates, Network(), most_kept=10**6)
         >>> [round(seconds, 4) for seconds in plan.seconds.values()], round(plan.total_seconds, 2)
-        ([0.01, 0.02, 0.1, 0.02, 0.2], 0.35)
+        ([0.5, 0.01, 0.02, 0.1, 0.02, 0.2], 0.85)
     """
     share, groups = work.n / work.ranks, work.tests / work.together
     kept = 0 < rates.row_bytes * share <= most_kept
@@ -171,6 +176,7 @@ def predicted(work: Work, rates: Rates, network: Network, *, most_kept: int) -> 
     vectors = work.together * rates.vector_bytes
     sums = runs * work.steps + groups * bool(work.measured) + groups
     seconds = {
+        "start": rates.start,
         "reading": (share if kept else anew) * rates.read + drawn * rates.draw,
         "gradients": work.tests / work.ranks * rates.gradient,
         "LiSSA": runs * work.steps * (rates.step + network.sum_seconds(vectors, work.ranks)),
@@ -188,7 +194,9 @@ def predicted(work: Work, rates: Rates, network: Network, *, most_kept: int) -> 
     )
 
 
-def measured(session: Session, train: Rows, tests: Rows, works: Sequence[Work]) -> list[Rates]:
+def measured(
+    session: Session, train: Rows, tests: Rows, works: Sequence[Work], ranks: Ranks, network: Network
+) -> list[Rates]:
     """The rates for each of `works`, which differ in the number of processes alone.
 
     Those of the most processes come first, whose batches are smallest: what a process held at most then says what it
@@ -196,21 +204,27 @@ def measured(session: Session, train: Rows, tests: Rows, works: Sequence[Work]) 
 
     Args:
         session: Of a public call.
-        train: Training instances; the first `PROBE_ROWS` are read.
+        train: Training instances; the first `PROBE_ROWS` of this process's share are read.
         tests: Test instances; the first serve for all.
         works: What is to be done.
+        ranks: The processes that measure together; for as many, a step is measured with the sum between them.
+        network: What connects them.
     """
-    held = range(min(len(train), PROBE_ROWS))
+    share = ranks.share(len(train))
+    held = share[:PROBE_ROWS] or range(1)
+    firsts: list[float] = []
+    train.batch(held[:1])
     start = time.perf_counter()
     train.gather(held)
     if not train.kept_bytes:
         train.batch(held)
     read = (time.perf_counter() - start) / len(held)
     one = works[0]
-    losses_at = [t % len(tests) for t in range(one.together)]
-    gradient = _seconds(lambda: session.gradients("test", tests, losses_at)) / one.together
-    vectors = session.gradients("test", tests, losses_at)[1]
-    score_rows = [i % len(held) for i in range(min(one.n, 4 * one.score_batch_size))]
+    few = range(min(one.together, len(tests)))
+    gradient = _seconds(lambda: session.gradients("test", tests, few), firsts=firsts) / len(few)
+    gradients = session.gradients("test", tests, few)[1]
+    vectors = tree.map(lambda t: t[_cycled(few, one.together)], gradients)
+    score_rows = held[: 4 * one.score_batch_size]
     scored = strategies.scores(session.model)
 
     def score() -> None:
@@ -219,20 +233,31 @@ def measured(session: Session, train: Rows, tests: Rows, works: Sequence[Work]) 
 
     product = strategies.products(session.model)
     some = tree.map(lambda t: t[: one.measured], vectors)
-    chunk = [i % len(held) for i in range(min(one.n, one.score_batch_size))]
+    chunk = _cycled(held, min(one.n, one.score_batch_size))
     per_product = 0.0
     if one.measured:
-        per_product = _seconds(lambda: product(some, lambda: session.batch(train, chunk))) / len(chunk)
-    per_score = _seconds(score) / len(score_rows)
+        per_product = _seconds(lambda: product(some, lambda: session.batch(train, chunk)), firsts=firsts) / len(chunk)
+    per_score = _seconds(score, firsts=firsts) / len(score_rows)
     draw = _seconds(lambda: torch.randperm(10**6).tolist()) / 10**6
     found = {}
     for work in sorted(works, key=lambda work: -work.ranks):
-        step = _step_seconds(session, train, vectors, [i % len(held) for i in range(work.rows)])
-        vector_bytes = sum(p.nbytes for p in session.model.params.values())
+        if work.ranks == ranks.size > 1:
+            step = _shared_step_seconds(session, train, vectors, work.rows, ranks)
+            step = max(0.0, step - network.sum_seconds(sum(t.nbytes for t in vectors.values()), ranks.size))
+        else:
+            step = _step_seconds(session, train, vectors, _cycled(held, work.rows))
         found[work] = Rates(
-            read, draw, step, gradient, per_product, per_score, train.kept_bytes // max(1, len(held)), vector_bytes,
-            _held_bytes(session.model.device),
-        )  # fmt: skip
+            start=sum(firsts),
+            read=read,
+            draw=draw,
+            step=step,
+            gradient=gradient,
+            product=per_product,
+            score=per_score,
+            row_bytes=train.kept_bytes // len(held),
+            vector_bytes=sum(p.nbytes for p in session.model.params.values()),
+            process_bytes=_held_bytes(session.model.device),
+        )
     return [found[work] for work in works]
 
 
@@ -241,8 +266,8 @@ def network_of(ranks: Ranks, otherwise: Network) -> Network:
     if ranks.size == 1:
         return otherwise
     small, large = ({"x": torch.zeros(size // 4)} for size in (4, REDUCE_SAMPLE))
-    latency = _seconds(lambda: ranks.sum(small), times=8) / (2 * (ranks.size - 1))
-    seconds = _seconds(lambda: ranks.sum(large), times=8) - 2 * (ranks.size - 1) * latency
+    latency = _seconds(lambda: ranks.sum(small), ranks) / (2 * (ranks.size - 1))
+    seconds = _seconds(lambda: ranks.sum(large), ranks) - 2 * (ranks.size - 1) * latency
     measured = Network(sent_by_sum(REDUCE_SAMPLE, ranks.size) / max(seconds, 1e-9), latency)
     return ranks.agreed(measured)
 
@@ -258,19 +283,46 @@ def _step_seconds(session: Session, train: Rows, vectors: Params, rows: list[int
     return max(0.0, (_seconds(partial(steps, many)) - _seconds(partial(steps, few))) / (many - few))
 
 
-def _seconds(call: Callable[[], Any], times: int = 3) -> float:
-    """The median of a few calls after a first."""
-    call()
-    taken: list[float] = []
-    while len(taken) < times or (sum(taken) < PROBE_SECONDS and len(taken) < 5 * times):
+def _shared_step_seconds(session: Session, train: Rows, vectors: Params, rows: int, ranks: Ranks) -> float:
+    """The same with the processes in step, each with so many rows of a batch."""
+    shares = [ranks.share(len(train), rank) for rank in range(ranks.size)]
+    batch = [i for share in shares for i in _cycled(share[:PROBE_ROWS], rows)]
+    choice = Choice("lissa", damping=1.0, scale=1e6, steps=0, batch_size=len(batch))
+
+    def steps(count: int) -> None:
+        solve = recursion.solver(
+            session, train, choice, lambda: [[batch] * count], measured=lambda _: 0, size=1, ranks=ranks
+        )
+        solve(vectors, Record())
+
+    few, many = 2, 8
+    return max(0.0, (_seconds(partial(steps, many), ranks) - _seconds(partial(steps, few), ranks)) / (many - few))
+
+
+def _cycled(rows: Sequence[int], count: int) -> list[int]:
+    """So many of the rows, from the first on, again and again if there are fewer."""
+    return [rows[i % len(rows)] for i in range(count)] if rows else []
+
+
+def _seconds(call: Callable[[], Any], ranks: Ranks | None = None, firsts: list[float] | None = None) -> float:
+    """The median of a few calls after a first, what that took more goes to `firsts`; the first of `ranks` counts."""
+
+    def timed() -> float:
         start = time.perf_counter()
         call()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        taken.append(time.perf_counter() - start)
-        if sum(taken) > 4 * PROBE_SECONDS:
-            break
-    return sorted(taken)[len(taken) // 2]
+        return time.perf_counter() - start
+
+    first, taken = timed(), []
+    while True:
+        taken.append(timed())
+        enough = len(taken) >= 15 or sum(taken) > (PROBE_SECONDS if len(taken) >= 3 else 4 * PROBE_SECONDS)
+        if ranks.agreed(enough) if ranks else enough:
+            median = sorted(taken)[len(taken) // 2]
+            if firsts is not None:
+                firsts.append(max(0.0, first - median))
+            return median
 
 
 def _held_bytes(device: torch.device) -> int:
@@ -309,9 +361,9 @@ def in_words(plans: Sequence[Plan], *, memory: float | None = None, seconds: flo
             [f"{size_in_words(memory)} each"] * (memory is not None) + [f"{duration(seconds)}"] * (seconds is not None)
         )
         best = min(fits, key=lambda plan: plan.work.ranks, default=None)
-        lines.append(
-            f"Within {wanted}: {best.work.ranks} processes do." if best else f"None of these is within {wanted}."
-        )
+        count = best.work.ranks if best else 0
+        suffices = "1 process does" if count == 1 else f"{count} processes do"
+        lines.append(f"Within {wanted}: {suffices}." if best else f"None of these is within {wanted}.")
     return "\n".join(lines)
 
 

@@ -426,7 +426,7 @@ class SimpleInfluence(InfluenceInterpreter):
             )
             works = [work._replace(ranks=count) for count in ranks]
             network = plan.network_of(self._ranks, network or Network())
-            rates = plan.measured(session, self._train, given, works)
+            rates = plan.measured(session, self._train, given, works, self._ranks, network)
         return [
             plan.predicted(work, measured, network, most_kept=MOST_KEPT)
             for work, measured in zip(works, rates, strict=True)
