@@ -54,14 +54,15 @@ def loss(z: Tensor, batch: Batch, output_loss: OutputLoss | None) -> Tensor:
     """The mean loss of the outputs `z`: `output_loss`, or for a mapping the cross-entropy with its labels."""
     if _of_differences(batch, output_loss):
         z = torch.cat([torch.zeros_like(z[:, :1]), z], 1)
-    if not isinstance(batch, Mapping):
-        assert output_loss is not None  # a pair without one has failed before
-        y = batch[1]
-        return output_loss(z.reshape(y.shape) if isinstance(y, Tensor) and y.shape[1:].numel() == z.shape[1] else z, y)
-    key = next((key for key in LABELS if key in batch), None)
-    if key is None:
-        raise TypeError(f"The Gauss-Newton matrix needs a batch with one of {list(LABELS)}, got {sorted(batch)}.")
-    return F.cross_entropy(z, batch[key].reshape(-1))
+    if isinstance(batch, Mapping):
+        key = next((key for key in LABELS if key in batch), None)
+        if key is None:
+            raise TypeError(f"The Gauss-Newton matrix needs a batch with one of {list(LABELS)}, got {sorted(batch)}.")
+        return F.cross_entropy(z, batch[key].reshape(-1))
+    if output_loss is None:
+        raise TypeError("`loss_fn` is needed where instances are (x, y) pairs.")
+    y = batch[1]
+    return output_loss(z.reshape(y.shape) if isinstance(y, Tensor) and y.shape[1:].numel() == z.shape[1] else z, y)
 
 
 def _of_differences(batch: Batch, output_loss: OutputLoss | None) -> bool:
