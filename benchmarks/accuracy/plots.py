@@ -44,7 +44,9 @@ def solvers(result: dict, path: Path) -> None:
     dampings = sorted({row["damping"] for row in result["rows"]}, reverse=True)
     names = list(dict.fromkeys(row["solver"] for row in result["rows"] if row["solver"] != "dense"))
     shape = (len(tasks), len(dampings))
-    figure, panels = plt.subplots(*shape, figsize=(3.2 * shape[1], 2.4 * shape[0]), sharey=True, squeeze=False)
+    figure, panels = plt.subplots(
+        *shape, figsize=(3.2 * shape[1], 2.4 * shape[0]), sharex=True, sharey=True, squeeze=False
+    )
     for row in result["rows"]:
         if row["solver"] in names:
             i = names.index(row["solver"])
