@@ -4,15 +4,15 @@ Knows a session's instances and `lissa`'s products; knows nothing of how `x` was
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import lissa
 from bridge import progress, strategies
 from bridge.session import Session
-from lissa import Params, estimate_spectrum, hvp, tree
+from lissa import Params, tree
 from lissa.stacked import norms as stacked_norms
 
 SAMPLE = 64
@@ -40,12 +40,12 @@ def cosines(vectors: Params, ihvps: Params) -> Tensor:
 
 
 def largest_eigenvalue(session: Session, train: Sequence[Any], *, seed: int) -> float:
-    """The largest eigenvalue of the Hessian on a sample of the training data, from below, by ten products."""
+    """The largest eigenvalue of the Hessian on a sample of the training data, from below, by eight products."""
     chosen = _sample(len(train), seed)
     batch = session.batch(train, chosen)
-    matvec = partial(hvp, session.model.loss_fn, session.model.params, batch)
+    matvec = strategies.linearised_product(session.model, batch)
     generator = torch.Generator().manual_seed(seed)
-    return float(estimate_spectrum(matvec, session.model.params, generator=generator, steps=8, probes=2).largest)
+    return float(lissa.largest_eigenvalue(matvec, session.model.params, generator=generator))
 
 
 def correlations(

@@ -27,6 +27,7 @@ from lissa import (
     stacked_hvp,
     tree,
 )
+from lissa.stacked import linearised_stacked_hvp
 
 logger = logging.getLogger(__name__)
 
@@ -156,6 +157,17 @@ def products(model: Functional) -> Callable[[Params, Callable[[], Batch]], Param
     return for_each_vector(
         "Hessian-vector products", lambda v, batch: matvec(batch, v), lambda vectors, batch: stacked(batch, vectors)
     )
+
+
+def linearised_product(model: Functional, batch: Batch) -> Callable[[Params], Params]:
+    """`v -> H v` at one batch, with the gradient's graph built once, unless the model has no second derivative."""
+
+    def at_once(v: Params) -> Params:
+        graph.append(linearised_stacked_hvp(model.loss_fn, model.params, batch)) if not graph else None
+        return tree.map(lambda t: t[0], graph[0](tree.map(lambda t: t.unsqueeze(0), v)))
+
+    graph: list[Callable[[Params], Params]] = []
+    return first_that_runs("Hessian-vector products", at_once, lambda v: hvp(model.loss_fn, model.params, batch, v))
 
 
 def inverse_products(
