@@ -30,9 +30,6 @@ from bridge.rows import Rows
 from bridge.session import Session, check_finite
 from lissa import Params, checks, ranking_init, ranking_update, tree
 
-SCORE_BATCH_SIZE = 128
-"""Training examples scored together unless told otherwise."""
-
 SELF_BATCH_SIZE = 512
 """Most training examples whose self-influence is solved for together."""
 
@@ -58,7 +55,8 @@ class InfluenceInterpreter(FromArchive):
         loss_fn: `loss_fn(model(x), y) -> ()`, the mean loss, for instances that are `(x, y)` pairs.
         collate_fn: Makes a batch of a list of instances.
         progress: Whether work that takes more than a second shows a bar.
-        score_batch_size: Training examples scored together.
+        score_batch_size: Training examples held together while scores or residuals are computed; the default is as
+            many as fit into the memory that 16 million numbers take, at most 1024.
 
     Raises:
         ValueError: If there are no training instances or every parameter is frozen.
@@ -82,12 +80,13 @@ class InfluenceInterpreter(FromArchive):
         loss_fn: OutputLoss | None = None,
         collate_fn: CollateFn | None = None,
         progress: bool = True,
-        score_batch_size: int = SCORE_BATCH_SIZE,
+        score_batch_size: int | None = None,
     ):
         call = type(self).__name__
         self._candidates = settings.trainable_names(call, model, params_to_freeze)
         self.device = settings.device_of(call, cuda_device, model)
-        checks.count(call, "score_batch_size", score_batch_size)
+        if score_batch_size is not None:
+            checks.count(call, "score_batch_size", score_batch_size)
         for name, value in (("loss_fn", loss_fn), ("collate_fn", collate_fn)):
             if value is not None and not callable(value):
                 raise TypeError(f"`{call}({name}=...)` must be callable, got {type(value).__name__}.")
@@ -238,7 +237,8 @@ class InfluenceInterpreter(FromArchive):
     def _train_scores(self, session: Session, ihvps: Params) -> Iterator[tuple[list[int], Tensor]]:
         """Indices of some training instances and their scores, shape `(K, B)`, until all had their turn."""
         score = strategies.scores(session.model)
-        for indices, stack in session.examples(self._train, size=self._score_batch_size, description="scoring"):
+        size = session.rows_at_once(self._train, vectors=1)  # `lissa` cuts these as its method needs it
+        for indices, stack in session.examples(self._train, size=size, description="scoring"):
             with session.naming("training", self._train, indices):
                 scores = score(ihvps, stack)
             check_finite("score", "training", indices, scores)
@@ -303,7 +303,7 @@ class InfluenceInterpreter(FromArchive):
 
             def session(names: list[str]) -> Session:
                 model = functional(module, names, output_loss=self._loss_fn, device=self.device)
-                return Session(model, self._collate, self.progress)
+                return Session(model, self._collate, self.progress, rows=self._score_batch_size)
 
             if self._used_names is None:
                 self._used_names = self._find_used(session(self._candidates))

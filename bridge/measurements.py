@@ -20,7 +20,7 @@ SAMPLE = 64
 
 
 def relative_residuals(
-    session: Session, train: Sequence[Any], damping: float, vectors: Params, ihvps: Params, *, size: int, count: int
+    session: Session, train: Sequence[Any], damping: float, vectors: Params, ihvps: Params, *, count: int
 ) -> Tensor:
     """`|v - (H + damping I) x| / |v|` on all training data for K stacked vectors, shape `(K,)`; 0 where v is 0.
 
@@ -28,7 +28,7 @@ def relative_residuals(
     """
     found = torch.full_like(stacked_norms(vectors), torch.nan)
     vectors, ihvps = (tree.map(lambda t: t[:count], x) for x in (vectors, ihvps))
-    damped = tree.add_scaled(_product(session, train, ihvps, size), damping, ihvps)
+    damped = tree.add_scaled(_product(session, train, ihvps), damping, ihvps)
     found[:count] = (stacked_norms(tree.sub(vectors, damped)) / stacked_norms(vectors)).nan_to_num(0.0)
     return found
 
@@ -48,9 +48,7 @@ def largest_eigenvalue(session: Session, train: Sequence[Any], *, seed: int) -> 
     return float(lissa.largest_eigenvalue(matvec, session.model.params, generator=generator))
 
 
-def correlations(
-    session: Session, train: Sequence[Any], vectors: Params, ihvps: Params, *, size: int, seed: int
-) -> Tensor:
+def correlations(session: Session, train: Sequence[Any], vectors: Params, ihvps: Params, *, seed: int) -> Tensor:
     """Pearson correlation, over a sample of the training data, of scores with plain gradient products, shape `(K,)`.
 
     NaN where the sample's scores do not vary.
@@ -59,24 +57,37 @@ def correlations(
     score = strategies.scores(session.model)
     both = tree.map(lambda v, x: torch.cat([v, x]), vectors, ihvps)
     parts = [
-        score(both, stack) for _, stack in session.examples(train, size=size, description="sampling", chosen=chosen)
+        score(both, stack)
+        for _, stack in session.examples(train, size=session.rows or SAMPLE, description="sampling", chosen=chosen)
     ]
     plain, scores = torch.cat(parts, dim=1).double().chunk(2)
     plain, scores = (s - s.mean(1, keepdim=True) for s in (plain, scores))
     return (plain * scores).sum(1) / (plain.norm(dim=1) * scores.norm(dim=1))
 
 
-def _product(session: Session, train: Sequence[Any], vectors: Params, size: int) -> Params:
+def _product(session: Session, train: Sequence[Any], vectors: Params) -> Params:
     """`H v` on all training data for K stacked vectors, in batches weighted by their size."""
     n = len(train)
     product = strategies.products(session.model)
     total = tree.zeros_like(vectors)
-    starts = progress.bar(range(0, n, size), description="measuring the residual", show=session.show)
-    for start in starts:
-        indices = list(range(start, min(start + size, n)))
-        with session.naming("training", train, indices):
-            batch = session.batch(train, indices)
-            total = tree.add_scaled(total, len(indices) / n, product(vectors, lambda batch=batch: batch))
+    size = session.rows_at_once(train, strategies.length(vectors))
+
+    def add(indices: Sequence[int]) -> None:
+        try:
+            with session.naming("training", train, indices):
+                batch = session.batch(train, indices)
+                part = product(vectors, lambda: batch)
+            for k, t in part.items():
+                total[k].add_(t, alpha=len(indices) / n)
+        except (RuntimeError, MemoryError) as error:
+            if len(indices) == 1 or not strategies.is_out_of_memory(error):
+                raise
+            half = len(indices) // 2
+            add(indices[:half])
+            add(indices[half:])
+
+    for start in progress.bar(range(0, n, size), description="measuring the residual", show=session.show):
+        add(range(start, min(start + size, n)))
     return total
 
 

@@ -21,12 +21,15 @@ from bridge.data import CollateFn, DatasetReader, Lazy, LazyLoader, SimpleDataLo
 from bridge.diagnostics import Diagnostics, InfluenceWarning
 from bridge.error_bars import error_bars
 from bridge.functional import OutputLoss, evaluation, functional
-from bridge.interpreter import SCORE_BATCH_SIZE, InfluenceInterpreter, InstanceWithGrads, Solve
+from bridge.interpreter import InfluenceInterpreter, InstanceWithGrads, Solve
 from bridge.outputs import EstimatedOutput, InfluenceEstimate
 from bridge.rows import Rows
 from bridge.session import Session
 from bridge.solving import Choice
 from lissa import DualInfluence, Params, Solution, SolverError, Status, checks, index_stream, tree
+
+VECTORS = 16
+"""Right-hand sides that solvers on all the data are expected to multiply by together."""
 
 MOST_CORRELATED = 8
 """Right-hand sides whose scores are compared with plain gradient products, for a warning."""
@@ -119,7 +122,7 @@ class SimpleInfluence(InfluenceInterpreter):
         seed: int = 0,
         compat: str | None = None,
         progress: bool = True,
-        score_batch_size: int = SCORE_BATCH_SIZE,
+        score_batch_size: int | None = None,
         measure_residual: bool | None = None,
     ):
         lissa_settings = partial(
@@ -193,7 +196,7 @@ class SimpleInfluence(InfluenceInterpreter):
         seed: int = 0,
         compat: str | None = None,
         progress: bool = True,
-        score_batch_size: int = SCORE_BATCH_SIZE,
+        score_batch_size: int | None = None,
         measure_residual: bool | None = None,
     ) -> "SimpleInfluence":
         """The interpreter of a plain PyTorch model and dataset.
@@ -317,7 +320,6 @@ class SimpleInfluence(InfluenceInterpreter):
                 losses, vectors = session.gradients("test", tests, chosen)
                 bars = error_bars(
                     session, self._train, vectors, solve(vectors), damping=choice.damping, smallest=smallest,
-                    size=self._score_batch_size,
                 )  # fmt: skip
                 rankings = bars.ranked(k)
                 train_losses = self._train_losses(session, sorted({known[0] for row in rankings for known in row}))
@@ -387,7 +389,12 @@ class SimpleInfluence(InfluenceInterpreter):
             solve_all = self._by_recursion(session, choice, measure_all)
         else:
             solve_all = solving.on_all_data(
-                session, self._train, choice, size=self._score_batch_size, rtol=self.settings.rtol, seed=self._seed
+                session,
+                self._train,
+                choice,
+                size=session.rows_at_once(self._train, VECTORS),
+                rtol=self.settings.rtol,
+                seed=self._seed,
             )
 
         def solve(vectors: Params) -> Solution:
@@ -418,7 +425,7 @@ class SimpleInfluence(InfluenceInterpreter):
             residual = torch.full_like(solutions[0].relative_residual, torch.nan)
             if measure_all or self._measure_residual is not False:
                 residual = measurements.relative_residuals(
-                    session, self._train, choice.damping, vectors, value, size=self._score_batch_size,
+                    session, self._train, choice.damping, vectors, value,
                     count=len(residual) if measure_all else self._worth_measuring(len(residual), choice.steps),
                 )  # fmt: skip
             return solutions[0]._replace(
@@ -450,9 +457,7 @@ class SimpleInfluence(InfluenceInterpreter):
         plain = (cosine >= report.PLAIN_GRADIENT).nonzero()[:MOST_CORRELATED, 0]
         if len(plain):
             v, x = (tree.map(lambda t: t[plain], stack) for stack in (vectors, solution.value))
-            correlation[plain] = measurements.correlations(
-                session, self._train, v, x, size=self._score_batch_size, seed=self._seed
-            )
+            correlation[plain] = measurements.correlations(session, self._train, v, x, seed=self._seed)
         return Diagnostics(
             solver=choice.solver,
             damping=choice.damping,

@@ -25,8 +25,10 @@ from lissa import (
     solve_lissa,
     solve_lissa_stacked,
     stacked_hvp,
+    take,
     tree,
 )
+from lissa.scoring import forward_work
 from lissa.stacked import linearised_stacked_hvp
 
 logger = logging.getLogger(__name__)
@@ -34,8 +36,8 @@ logger = logging.getLogger(__name__)
 STACK_LIMIT = 2**27
 """Most numbers in one stack of vectors or gradients (512 MiB in float32)."""
 
-VECTORS_AT_ONCE = 16
-"""Most vectors pushed forward through a model together where gradients of a whole batch would not fit."""
+NUMBERS_AT_ONCE = 2**24
+"""Most numbers that a forward and backward pass over a batch of training instances keeps (64 MiB in float32)."""
 
 
 def first_that_runs(task: str, *ways: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,17 +75,19 @@ def first_that_runs(task: str, *ways: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def scores(model: Functional) -> Callable[[Params, Batch], Tensor]:
-    """`score(ihvps, stack) -> (K, B)`: `+ grad_i . ihvp_k` for each row i of a stack of one-example batches."""
+    """`score(ihvps, stack) -> (K, B)`: `+ grad_i . ihvp_k` for each row i of a stack of one-example batches.
+
+    Where memory does not suffice for the stack, for halves of it.
+    """
     losses = example_losses(model.loss_fn)
-    P = tree.numel(model.params)
+    gradients_at_once = max(1, STACK_LIMIT // tree.numel(model.params))
 
     def at_once(ihvps: Params, stack: Batch) -> Tensor:
-        if length(stack) * P <= STACK_LIMIT:
-            return influence_scores(losses, model.params, ihvps, stack)
-        return influence_scores(losses, model.params, ihvps, stack, method="jvp", chunk_size=VECTORS_AT_ONCE)
+        return influence_scores(losses, model.params, ihvps, stack)
 
     def by_gradients(ihvps: Params, stack: Batch) -> Tensor:
-        return influence_scores(losses, model.params, ihvps, stack, method="per-example-gradients")
+        method, chunk_size = "per-example-gradients", gradients_at_once
+        return influence_scores(losses, model.params, ihvps, stack, method=method, chunk_size=chunk_size)
 
     def one_by_one(ihvps: Params, stack: Batch) -> Tensor:
         def score(row: Batch) -> Tensor:
@@ -92,7 +96,53 @@ def scores(model: Functional) -> Callable[[Params, Batch], Tensor]:
 
         return torch.stack([score(row) for row in rows(stack)], dim=1)
 
-    return first_that_runs("scores", at_once, by_gradients, one_by_one)
+    return first_that_runs("scores", *map(in_halves, (at_once, by_gradients)), one_by_one)
+
+
+def in_halves(fn: Callable[[Params, Batch], Tensor]) -> Callable[[Params, Batch], Tensor]:
+    """`fn(vectors, stack) -> (K, B)`, on halves of the stack, and halves of those, where memory does not suffice.
+
+    Example:
+        >>> def of_two_at_most(vectors, stack):
+        ...     if len(stack) > 2:
+        ...         raise torch.OutOfMemoryError("too many")
+        ...     return stack.unsqueeze(0)
+        >>> in_halves(of_two_at_most)({}, torch.arange(5))
+        tensor([[0, 1, 2, 3, 4]])
+    """
+
+    def run(vectors: Params, stack: Batch) -> Tensor:
+        try:
+            return fn(vectors, stack)
+        except (RuntimeError, MemoryError) as error:
+            n = length(stack)
+            if n == 1 or not is_out_of_memory(error):
+                raise
+        logger.warning("Out of memory for %d examples: going on with %d at a time.", n, -(-n // 2))
+        halves = (slice(0, -(-n // 2)), slice(-(-n // 2), n))
+        return torch.cat([run(vectors, take(stack, half)) for half in halves], dim=-1)
+
+    return run
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that memory ran out: torch has a class for that on accelerators only."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def rows_at_once(model: Functional, example: Batch, vectors: int) -> int:
+    """How many instances, like the one in the batch `example`, go into one product with so many vectors."""
+    try:
+        work = forward_work(model.loss_fn, model.params, example)
+    except Exception as error:  # whoever needs the loss of the example will hear of it
+        logger.debug("Cannot count the work of an example: %s", error)
+        return ROWS_UNPLANNED
+    held = sum(leaf.numel() for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor))
+    return max(1, min(ROWS_AT_ONCE, NUMBERS_AT_ONCE // (held + work.written + 2 * vectors * work.largest + 1)))
+
+
+ROWS_AT_ONCE, ROWS_UNPLANNED = 1024, 128
+"""Most rows in one product, and how many where an example's work cannot be counted."""
 
 
 def losses_and_gradients(model: Functional) -> Callable[[Batch], tuple[Tensor, Params]]:

@@ -4,6 +4,7 @@ Positive = helpful: removing example i raises the test loss by about `score_i / 
 knows nothing of how the `ihvp` was solved for.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -12,13 +13,13 @@ from torch.func import grad, jvp
 from torch.utils import _pytree as pytree
 
 from lissa import checks, sampling, tree
+from lissa.scoring import ScoringPlan, forward_work, plan_scoring
 from lissa.types import Batch, ExampleLossFn, Params
 
 METHODS = ("auto", "jvp", "per-example-gradients")
 
-JVP_LIMIT = 16
-"""More vectors than this are scored by per-example gradients. Where the two methods cross depends on the model: on one
-CPU thread they did at 8 vectors for softmax regression (P = 7,850) and at 100 for a network with P = 85,000."""
+VECTORS_UNPLANNED = 16
+"""Where no plan can be made (in a compiler), more vectors than this are scored by per-example gradients."""
 
 
 def influence_scores(
@@ -43,7 +44,8 @@ def influence_scores(
         method: `"jvp"`: one forward-mode pass a vector, nothing stored per example; any batch.
             `"per-example-gradients"`: B gradients by vmap, then one matrix product for all K vectors; the tensors of
             the batch must share their first dimension, and the loss of an example must depend on that example alone.
-            `"auto"`: per-example gradients for more than `JVP_LIMIT` vectors where the batch allows it, else jvp.
+            `"auto"`: the one that `lissa.scoring.plan_scoring` expects to be faster, with its chunks of examples; jvp
+            where the batch cannot be cut into examples.
         chunk_size: Bounds the memory: at most so many vectors (jvp) or examples (gradients) at a time.
 
     Returns:
@@ -73,8 +75,17 @@ def influence_scores(
     example_loss = _example_loss_of_params(example_loss_fn, batch)
 
     if method == "auto":
-        many = stacked and next(iter(ihvp.values())).shape[0] > JVP_LIMIT
-        method = "per-example-gradients" if many and _has_rows(batch) else "jvp"
+        K = next(iter(ihvp.values())).shape[0] if stacked else 1
+        if not _has_rows(batch):
+            method = "jvp"
+        elif torch.compiler.is_compiling():
+            method = "jvp" if K <= VECTORS_UNPLANNED else "per-example-gradients"
+        else:
+            plan = _plan(example_loss_fn, params, batch, K)
+            if chunk_size is None:
+                score = functools.partial(influence_scores, example_loss_fn, params, ihvp, method=plan.method)
+                return torch.cat([score(part) for part in _cut(batch, plan.chunk_size)], dim=-1)
+            method = plan.method
     if method == "jvp":
 
         def directional(ihvp: Params) -> Tensor:
@@ -119,6 +130,19 @@ def per_example_gradients(
 
     in_dims = pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, batch)
     return torch.vmap(grad(loss_of_one), in_dims=(None, in_dims), chunk_size=chunk_size)(params, batch)
+
+
+def _plan(example_loss_fn: ExampleLossFn, params: Params, batch: Batch, vectors: int) -> ScoringPlan:
+    """How to score the batch, from what its first example takes."""
+    n = sampling.batch_length("influence_scores", batch)
+    work = forward_work(example_loss_fn, params, sampling.take(batch, slice(0, 1)))
+    device = next(iter(params.values())).device.type
+    return plan_scoring(work, examples=n, vectors=vectors, parameters=tree.numel(params), device=device)
+
+
+def _cut(batch: Batch, size: int) -> list[Batch]:
+    n = sampling.batch_length("influence_scores", batch)
+    return [sampling.take(batch, slice(i, i + size)) for i in range(0, n, size)] if n > size else [batch]
 
 
 def _rows(stack: Tensor) -> Tensor:

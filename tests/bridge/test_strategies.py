@@ -129,3 +129,31 @@ def lissa_closed_form(A, v, scale, steps):
     for _ in range(steps):
         h = v + M @ h
     return h / scale
+
+
+def test_out_of_memory_halves_the_stack_until_it_fits():
+    seen = []
+
+    def of_three_at_most(vectors, stack):
+        seen.append(len(stack))
+        if len(stack) > 3:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+        return stack.unsqueeze(0) * vectors["x"]
+
+    got = strategies.in_halves(of_three_at_most)({"x": torch.tensor([[2], [3]])}, torch.arange(7))
+    assert got.tolist() == [[0, 2, 4, 6, 8, 10, 12], [0, 3, 6, 9, 12, 15, 18]]
+    assert seen == [7, 4, 2, 2, 3]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_an_example_that_does_not_fit_alone_is_an_error_and_so_is_anything_else(error):
+    def fails(vectors, stack):
+        raise error
+
+    def refuses(vectors, stack):
+        raise RuntimeError("no such rule")
+
+    with pytest.raises(type(error)):
+        strategies.in_halves(fails)({}, torch.arange(2))
+    with pytest.raises(RuntimeError, match="no such rule"):
+        strategies.in_halves(refuses)({}, torch.arange(2))
