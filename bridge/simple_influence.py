@@ -419,8 +419,10 @@ class SimpleInfluence(InfluenceInterpreter):
             runs = self._draw(choice.steps) if drawn is None else drawn
             with session.naming("training", self._train, at_work):
                 solutions = [solve_each(vectors, partial(self._batches, session, run, at_work)) for run in runs]
-            samples = tree.map(lambda *t: torch.stack(t, 1), *(solution.value for solution in solutions))
-            value = tree.map(lambda t: t.mean(1), samples)
+            samples, value = {}, solutions[0].value
+            if len(runs) > 1:
+                samples = tree.map(lambda *t: torch.stack(t, 1), *(solution.value for solution in solutions))
+                value = tree.map(lambda t: t.mean(1), samples)
             status = torch.stack([solution.status for solution in solutions]).amax(0)
             residual = torch.full_like(solutions[0].relative_residual, torch.nan)
             if measure_all or self._measure_residual is not False:
@@ -428,9 +430,7 @@ class SimpleInfluence(InfluenceInterpreter):
                     session, self._train, choice.damping, vectors, value,
                     count=len(residual) if measure_all else self._worth_measuring(len(residual), choice.steps),
                 )  # fmt: skip
-            return solutions[0]._replace(
-                value=value, status=status, relative_residual=residual, samples=samples if len(runs) > 1 else {}
-            )
+            return solutions[0]._replace(value=value, status=status, relative_residual=residual, samples=samples)
 
         return solve
 

@@ -22,13 +22,14 @@ from lissa import (
     SolverError,
     hvp,
     influence_scores,
+    scoring_plan,
     solve_lissa,
     solve_lissa_stacked,
     stacked_hvp,
     take,
     tree,
 )
-from lissa.scoring import forward_work
+from lissa.scoring import ScoringPlan, forward_work
 from lissa.stacked import linearised_stacked_hvp
 
 logger = logging.getLogger(__name__)
@@ -81,9 +82,13 @@ def scores(model: Functional) -> Callable[[Params, Batch], Tensor]:
     """
     losses = example_losses(model.loss_fn)
     gradients_at_once = max(1, STACK_LIMIT // tree.numel(model.params))
+    plans: dict[tuple[int, int], ScoringPlan] = {}
 
     def at_once(ihvps: Params, stack: Batch) -> Tensor:
-        return influence_scores(losses, model.params, ihvps, stack)
+        kind = length(ihvps), (numbers_in(stack) // length(stack)).bit_length()  # up to twice as long is alike
+        if kind not in plans:
+            plans[kind] = scoring_plan(losses, model.params, stack, length(ihvps), examples=ROWS_AT_ONCE)
+        return influence_scores(losses, model.params, ihvps, stack, method=plans[kind])
 
     def by_gradients(ihvps: Params, stack: Batch) -> Tensor:
         method, chunk_size = "per-example-gradients", gradients_at_once
@@ -137,8 +142,9 @@ def rows_at_once(model: Functional, example: Batch, vectors: int) -> int:
     except Exception as error:  # whoever needs the loss of the example will hear of it
         logger.debug("Cannot count the work of an example: %s", error)
         return ROWS_UNPLANNED
-    held = sum(leaf.numel() for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor))
-    return max(1, min(ROWS_AT_ONCE, NUMBERS_AT_ONCE // (held + work.written + 2 * vectors * work.largest + 1)))
+    return max(
+        1, min(ROWS_AT_ONCE, NUMBERS_AT_ONCE // (numbers_in(example) + work.written + 2 * vectors * work.largest + 1))
+    )
 
 
 ROWS_AT_ONCE, ROWS_UNPLANNED = 1024, 128
@@ -236,10 +242,11 @@ def inverse_products(
         lambda vectors, batches: solve_lissa_stacked(stacked, vectors, batches, **settings),
     )
     bytes_of_one = sum(p.nbytes for p in model.params.values())
-    size = max(1, CACHE_BYTES // bytes_of_one) if model.device.type == "cpu" else STACK_LIMIT
+    most = max(1, CACHE_BYTES // bytes_of_one) if model.device.type == "cpu" else STACK_LIMIT
 
     def in_chunks(vectors: Params, make: Callable[[], Iterable[Batch]]) -> Solution:
         K = length(vectors)
+        size = -(-K // -(-K // most))  # all about as large
         parts = [
             solve({name: t[k : k + size] for name, t in vectors.items()}, make)._replace(state=())
             for k in range(0, K, size)
@@ -264,6 +271,11 @@ def rows(stack: Any) -> list[Any]:
         pytree.tree_map(lambda leaf: leaf[i] if isinstance(leaf, Tensor) else leaf, stack)  # noqa: B023
         for i in range(length(stack))
     ]
+
+
+def numbers_in(stack: Any) -> int:
+    """How many numbers the tensors in `stack` hold."""
+    return sum(leaf.numel() for leaf in pytree.tree_leaves(stack) if isinstance(leaf, Tensor))
 
 
 def length(stack: Any) -> int:

@@ -17,7 +17,7 @@ from lissa.hvp import (
     hvp_reverse_over_forward,
     hvp_reverse_over_reverse,
 )
-from lissa.influence import influence_scores, per_example_gradients
+from lissa.influence import influence_scores, per_example_gradients, scoring_plan
 from lissa.leave_one_out import leave_one_out_scores
 from lissa.operators import mean_matvec
 from lissa.preconditioners import diagonal_preconditioner, nystroem_preconditioner
@@ -87,6 +87,7 @@ __all__ = [
     "ranking_update",
     "score_bound",
     "score_interval",
+    "scoring_plan",
     "settled_places",
     "solve_cg",
     "solve_dense",

@@ -94,8 +94,9 @@ def plan_scoring(
     n, K, P = examples, vectors, parameters
     N, F, E, largest = work
     most = numbers or NUMBERS_AT_ONCE.get(device, NUMBERS_AT_ONCE["cuda"])
+    most = max(most, K * P)  # the vectors themselves take as much
     sizes = {
-        "jvp": _between(1, max(most, K * P) // (2 * K * max(1, largest)), n),  # no more than the vectors themselves
+        "jvp": _between(1, most // (2 * K * max(1, largest)), n),
         "per-example-gradients": _between(1, most // max(1, P, largest), n),
     }
     jvp, gradients = (-(-n // size) for size in sizes.values())
