@@ -68,6 +68,11 @@ class Rows(Sequence[Any]):
             return take(self._gathered, torch.as_tensor(list(indices)))
         return to_device(self._collate([self._instances[i] for i in indices]), self._device)
 
+    @property
+    def gathered(self) -> bool:
+        """Whether all instances are held as one batch: they then have the same shapes."""
+        return self._gathered is not None
+
     def gather(self) -> None:
         """Collates all instances once, for those who will need all of them, if that is possible; see the class."""
         if self._gathered is None and not self._pads:

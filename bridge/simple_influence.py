@@ -411,7 +411,8 @@ class SimpleInfluence(InfluenceInterpreter):
 
     def _by_recursion(self, session: Session, choice: Choice, measure_all: bool) -> Callable[[Params], Solution]:
         """AllenNLP's way: LiSSA on the next batches, the mean over runs, the last iterate of each."""
-        solve_each = strategies.inverse_products(session.model, choice.damping, choice.scale)
+        steps_alike = choice.steps if self._train.gathered else 0
+        solve_each = strategies.inverse_products(session.model, choice.damping, choice.scale, steps_alike=steps_alike)
         drawn = None if self._compat else self._draw(choice.steps)
         at_work: list[int] = []
 

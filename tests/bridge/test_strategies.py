@@ -157,3 +157,26 @@ def test_an_example_that_does_not_fit_alone_is_an_error_and_so_is_anything_else(
         strategies.in_halves(fails)({}, torch.arange(2))
     with pytest.raises(RuntimeError, match="no such rule"):
         strategies.in_halves(refuses)({}, torch.arange(2))
+
+
+@pytest.mark.parametrize("steps_alike", [0, strategies.MANY_STEPS])
+def test_recorded_and_plain_products_solve_the_same(steps_alike, monkeypatch):
+    monkeypatch.setattr(strategies, "CACHE_BYTES", 2 * 6 * 8)  # two vectors at a time
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(12, 6, generator=generator, dtype=torch.float64)
+
+    def loss_fn(params, x):
+        return (x @ params["w"]).cosh().log().mean()
+
+    params = {"w": torch.randn(6, generator=generator, dtype=torch.float64)}
+    model = Functional(params, loss_fn, torch.device("cpu"), loss_fn, loss_fn)
+    solve = strategies.inverse_products(model, 0.1, 20.0, steps_alike=steps_alike)
+    vectors = {"w": torch.randn(5, 6, generator=generator, dtype=torch.float64)}
+    got = solve(vectors, lambda: [x[i : i + 4] for i in range(0, 12, 4)] * 3)
+
+    h = vectors["w"].clone()
+    for i in [0, 4, 8] * 3:
+        H = torch.func.hessian(lambda w, i=i: loss_fn({"w": w}, x[i : i + 4]))(params["w"])
+        h = vectors["w"] + h - (h @ H + 0.1 * h) / 20.0
+    torch.testing.assert_close(got.value["w"], h / 20.0, rtol=1e-12, atol=0)
+    assert got.residual_norm.shape == (5,)
