@@ -61,7 +61,10 @@ def error_bars(
     ihvps = tree.map(lambda t: t.flatten(0, 1), solution.samples) if solution.samples else solution.value
     score, losses_and_gradients = strategies.scores(session.model), strategies.losses_and_gradients(session.model)
     dtype = next(iter(vectors.values())).dtype
-    size = max(1, min(session.rows_at_once(train, 1), strategies.STACK_LIMIT // tree.numel(session.model.params)))
+    size = max(
+        1,
+        min(session.rows_at_once(train, 1), strategies.stack_limit(session.model) // tree.numel(session.model.params)),
+    )
     scores, norms = torch.zeros(K * repeats, len(train), dtype=dtype), torch.zeros(len(train), dtype=dtype)
     for indices, stack in session.examples(train, size=size, description="scoring"):
         with session.naming("training", train, indices):

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from bridge import settings, strategies
+from bridge import npy, settings, strategies
 from bridge.archives import FromArchive
 from bridge.data import (
     CollateFn,
@@ -29,6 +29,9 @@ from bridge.outputs import BothEnds, InstanceInfluence, InstanceWithGrads, Inter
 from bridge.rows import Rows
 from bridge.session import Session, check_finite
 from lissa import Params, checks, ranking_init, ranking_update, tree
+
+GATHERED_BYTES = 2**28
+"""Training instances that take at most this are held as tensors while a call needs them."""
 
 SELF_BATCH_SIZE = 512
 """Most training examples whose self-influence is solved for together."""
@@ -81,12 +84,15 @@ class InfluenceInterpreter(FromArchive):
         collate_fn: CollateFn | None = None,
         progress: bool = True,
         score_batch_size: int | None = None,
+        max_memory: int | None = None,
     ):
         call = type(self).__name__
         self._candidates = settings.trainable_names(call, model, params_to_freeze)
         self.device = settings.device_of(call, cuda_device, model)
         if score_batch_size is not None:
             checks.count(call, "score_batch_size", score_batch_size)
+        if max_memory is not None:
+            checks.count(call, "max_memory", max_memory)
         for name, value in (("loss_fn", loss_fn), ("collate_fn", collate_fn)):
             if value is not None and not callable(value):
                 raise TypeError(f"`{call}({name}=...)` must be callable, got {type(value).__name__}.")
@@ -95,14 +101,16 @@ class InfluenceInterpreter(FromArchive):
         self.progress = progress
         self._loss_fn = loss_fn
         self._score_batch_size = score_batch_size
+        self._max_memory = max_memory
         self._collate = partial(collate, vocab=self.vocab, collate_fn=collate_fn)
         self._test_reader = test_dataset_reader or train_dataset_reader
         self._test_loader = test_data_loader
         self._used_names: list[str] | None = None
         self._scan_batch_size = 1
         self._rows = partial(
-            Rows, collate=self._collate, device=self.device, vocab=self.vocab, pads=collate_fn is not None
-        )
+            Rows, collate=self._collate, device=self.device, vocab=self.vocab, pads=collate_fn is not None,
+            most_bytes=GATHERED_BYTES if max_memory is None else max_memory // 4,
+        )  # fmt: skip
         self._train = self._rows(self._read(train_data_loader, train_dataset_reader, train_data_path))
         if not len(self._train):
             raise ValueError(f"`{call}`: no training instances in {_shown(train_data_path)}.")
@@ -150,6 +158,33 @@ class InfluenceInterpreter(FromArchive):
                     block[:, indices] = scores.cpu()
                 blocks.append(block)
         return torch.cat(blocks) if blocks else torch.zeros(0, len(self._train))
+
+    def scores_to_file(self, test_instances: Iterable[Any], path: str | Path) -> None:
+        """All scores into a `.npy` file, shape `(T, n)`, as they come: neither T n scores nor n gradients are held.
+
+        Read it with `numpy.load(path, mmap_mode="r")`. The file appears when it is complete.
+
+        Args:
+            test_instances: With their labels.
+            path: Where to write; what is there is replaced.
+
+        Raises:
+            ValueError: As `scores` does, or if there are no test instances.
+            lissa.SolverError: If the solve fails.
+        """
+        tests = self._listed("scores_to_file", test_instances)
+        if not len(tests):
+            raise ValueError("`scores_to_file(test_instances=...)` must hold at least one instance.")
+        with self._session() as session:
+            self._train.gather()
+            dtype = next(iter(session.model.params.values())).dtype
+            with npy.being_written(Path(path), (len(tests), len(self._train)), dtype) as rows:
+                start = 0
+                for losses, parts in self._scored(session, tests):
+                    block = rows[start : start + len(losses)]
+                    for indices, scores in parts:
+                        block[:, torch.tensor(indices)] = scores.cpu().to(dtype)
+                    start += len(losses)
 
     def inverse_hvps(self, test_instances: Iterable[Any]) -> Params:
         """`(H + damping I)^-1 grad_test` of each test instance, stacked: tensors of shape `(T, *shape)`."""
@@ -221,7 +256,7 @@ class InfluenceInterpreter(FromArchive):
 
     def _vectors_at_once(self, session: Session) -> int:
         """Most right-hand sides held at a time."""
-        return max(1, strategies.STACK_LIMIT // tree.numel(session.model.params))
+        return max(1, strategies.stack_limit(session.model) // tree.numel(session.model.params))
 
     def _find_used(self, session: Session) -> list[str]:
         """Of the parameters of `session.model`, the names of those that training uses."""
@@ -303,6 +338,7 @@ class InfluenceInterpreter(FromArchive):
 
             def session(names: list[str]) -> Session:
                 model = functional(module, names, output_loss=self._loss_fn, device=self.device)
+                model = model._replace(max_memory=self._max_memory)
                 return Session(model, self._collate, self.progress, rows=self._score_batch_size)
 
             if self._used_names is None:

@@ -76,6 +76,7 @@ class SimpleInfluence(InfluenceInterpreter):
             each test instance.
         progress: See `InfluenceInterpreter`.
         score_batch_size: See `InfluenceInterpreter`.
+        max_memory: See `InfluenceInterpreter`.
         measure_residual: Whether to measure the residual on the full training data after each LiSSA solve, which costs
             a Hessian-vector product of each training instance and takes the loss to be a mean over the batch. The
             default measures those of the first test instances: as many as add a quarter to the solve's cost, one at
@@ -123,6 +124,7 @@ class SimpleInfluence(InfluenceInterpreter):
         compat: str | None = None,
         progress: bool = True,
         score_batch_size: int | None = None,
+        max_memory: int | None = None,
         measure_residual: bool | None = None,
     ):
         lissa_settings = partial(
@@ -157,6 +159,7 @@ class SimpleInfluence(InfluenceInterpreter):
             collate_fn=collate_fn,
             progress=progress,
             score_batch_size=score_batch_size,
+            max_memory=max_memory,
         )
         n = len(self._train)
         self.settings = lissa_settings(examples=n)
@@ -197,6 +200,7 @@ class SimpleInfluence(InfluenceInterpreter):
         compat: str | None = None,
         progress: bool = True,
         score_batch_size: int | None = None,
+        max_memory: int | None = None,
         measure_residual: bool | None = None,
     ) -> "SimpleInfluence":
         """The interpreter of a plain PyTorch model and dataset.
@@ -220,6 +224,7 @@ class SimpleInfluence(InfluenceInterpreter):
             compat: See the class.
             progress: See the class.
             score_batch_size: See the class.
+            max_memory: See the class.
             measure_residual: See the class.
 
         Returns:
@@ -250,6 +255,7 @@ class SimpleInfluence(InfluenceInterpreter):
             compat=compat,
             progress=progress,
             score_batch_size=score_batch_size,
+            max_memory=max_memory,
             measure_residual=measure_residual,
         )
 

@@ -43,10 +43,26 @@ NUMBERS_AT_ONCE = 2**24
 """Most numbers that a forward and backward pass over a batch of training instances keeps (64 MiB in float32)."""
 
 
+def stack_limit(model: Functional) -> int:
+    """Most numbers in one stack of vectors or gradients: an eighth of the memory, as a few are held at a time."""
+    return STACK_LIMIT if model.max_memory is None else max(1, model.max_memory // itemsize(model) // 8)
+
+
+def pass_limit(model: Functional) -> int:
+    """Most numbers that one pass over a batch keeps: an eighth of the memory."""
+    return min(NUMBERS_AT_ONCE, stack_limit(model))
+
+
+def itemsize(model: Functional) -> int:
+    """Bytes of a number."""
+    return next(iter(model.params.values())).element_size()
+
+
 def first_that_runs(task: str, *ways: Callable[..., Any]) -> Callable[..., Any]:
     """`ways[0]` with `ways[1]`, ... to fall back on: the first that runs is used from then on.
 
-    If none runs, the error is that of the last, the simplest. A `SolverError` is an answer, not a refusal.
+    If none runs, the error is that of the last, the simplest. A `SolverError` is an answer, not a refusal, and neither
+    is it one to run out of memory.
 
     Example:
         >>> def refuses(x):
@@ -65,6 +81,8 @@ def first_that_runs(task: str, *ways: Callable[..., Any]) -> Callable[..., Any]:
             except SolverError:
                 raise
             except Exception as error:
+                if is_out_of_memory(error):
+                    raise
                 refusal = refusal or error
         else:
             way = open_ways[-1]
@@ -83,13 +101,16 @@ def scores(model: Functional) -> Callable[[Params, Batch], Tensor]:
     Where memory does not suffice for the stack, for halves of it.
     """
     losses = example_losses(model.loss_fn)
-    gradients_at_once = max(1, STACK_LIMIT // tree.numel(model.params))
+    gradients_at_once = max(1, stack_limit(model) // tree.numel(model.params))
+    numbers = None if model.max_memory is None else max(1, stack_limit(model) // 4)
     plans: dict[tuple[int, int], ScoringPlan] = {}
 
     def at_once(ihvps: Params, stack: Batch) -> Tensor:
         kind = length(ihvps), (numbers_in(stack) // length(stack)).bit_length()  # up to twice as long is alike
         if kind not in plans:
-            plans[kind] = scoring_plan(losses, model.params, stack, length(ihvps), examples=ROWS_AT_ONCE)
+            plans[kind] = scoring_plan(
+                losses, model.params, stack, length(ihvps), examples=ROWS_AT_ONCE, numbers=numbers
+            )
         return influence_scores(losses, model.params, ihvps, stack, method=plans[kind])
 
     def by_gradients(ihvps: Params, stack: Batch) -> Tensor:
@@ -144,9 +165,8 @@ def rows_at_once(model: Functional, example: Batch, vectors: int) -> int:
     except Exception as error:  # whoever needs the loss of the example will hear of it
         logger.debug("Cannot count the work of an example: %s", error)
         return ROWS_UNPLANNED
-    return max(
-        1, min(ROWS_AT_ONCE, NUMBERS_AT_ONCE // (numbers_in(example) + work.written + 2 * vectors * work.largest + 1))
-    )
+    numbers = numbers_in(example) + work.written + 2 * vectors * work.largest
+    return max(1, min(ROWS_AT_ONCE, pass_limit(model) // max(1, numbers)))
 
 
 ROWS_AT_ONCE, ROWS_UNPLANNED = 1024, 128
@@ -258,17 +278,25 @@ def inverse_products(
         lambda vectors, batches: solve_lissa_stacked(stacked, vectors, batches, **settings),
     )
     bytes_of_one = sum(p.nbytes for p in model.params.values())
-    most = max(1, CACHE_BYTES // bytes_of_one) if model.device.type == "cpu" else STACK_LIMIT
+    most = max(1, CACHE_BYTES // bytes_of_one) if model.device.type == "cpu" else stack_limit(model)
 
     def in_chunks(vectors: Params, make: Callable[[], Iterable[Batch]]) -> Solution:
         K = length(vectors)
         chunks = -(-K // most)
         size = -(-K // chunks)  # all about as large
         solve_some = solve_recorded if steps_alike * chunks >= MANY_STEPS else solve
-        parts = [
-            solve_some({name: t[k : k + size] for name, t in vectors.items()}, make)._replace(state=())
-            for k in range(0, K, size)
-        ]
+        parts: list[Solution] = []
+        start = 0
+        while start < K:
+            try:
+                some = {name: t[start : start + size] for name, t in vectors.items()}
+                parts.append(solve_some(some, make)._replace(state=()))
+                start += size
+            except (RuntimeError, MemoryError) as error:
+                if size == 1 or not is_out_of_memory(error):
+                    raise
+                size = -(-size // 2)
+                logger.warning("Out of memory: going on with %d right-hand sides at a time.", size)
         return parts[0] if len(parts) == 1 else pytree.tree_map(lambda *t: torch.cat(t), *parts)
 
     return in_chunks

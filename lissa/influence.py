@@ -103,7 +103,13 @@ def influence_scores(
 
 
 def scoring_plan(
-    example_loss_fn: ExampleLossFn, params: Params, batch: Batch, vectors: int, *, examples: int | None = None
+    example_loss_fn: ExampleLossFn,
+    params: Params,
+    batch: Batch,
+    vectors: int,
+    *,
+    examples: int | None = None,
+    numbers: int | None = None,
 ) -> ScoringPlan:
     """How to score batches like this one, by `lissa.scoring.plan_scoring`, from what its first example takes.
 
@@ -113,6 +119,7 @@ def scoring_plan(
         batch: Tensors that share their first dimension.
         vectors: How many are stacked.
         examples: How many there will be to score; the default is those of the batch.
+        numbers: Most numbers in one tensor of a chunk.
 
     Returns:
         The plan; `influence_scores(..., method=plan)` follows it.
@@ -124,7 +131,7 @@ def scoring_plan(
     work = forward_work(example_loss_fn, params, sampling.take(batch, slice(0, 1)))
     device = next(iter(params.values())).device.type
     P = tree.numel(params)
-    return plan_scoring(work, examples=examples or n, vectors=vectors, parameters=P, device=device)
+    return plan_scoring(work, examples=examples or n, vectors=vectors, parameters=P, device=device, numbers=numbers)
 
 
 def per_example_gradients(

@@ -180,3 +180,23 @@ def test_recorded_and_plain_products_solve_the_same(steps_alike, monkeypatch):
         h = vectors["w"] + h - (h @ H + 0.1 * h) / 20.0
     torch.testing.assert_close(got.value["w"], h / 20.0, rtol=1e-12, atol=0)
     assert got.residual_norm.shape == (5,)
+
+
+def test_right_hand_sides_that_do_not_fit_together_are_solved_for_in_smaller_groups(monkeypatch):
+    def two_at_most(vectors, batches):
+        if len(vectors["w"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return solve(matvec, vectors, batches, damping=0.0, scale=4.0)
+
+    def matvec(batch, vectors):
+        return {"w": batch * vectors["w"]}
+
+    solve = strategies.solve_lissa_stacked
+    monkeypatch.setattr(
+        strategies, "solve_lissa_stacked", lambda matvec, v, batches, **settings: two_at_most(v, batches)
+    )
+    model = Functional({"w": torch.ones(3)}, None, torch.device("cpu"), None, None)
+    vectors = {"w": torch.arange(15.0).reshape(5, 3)}
+    got = strategies.inverse_products(model, 0.0, 4.0)(vectors, lambda: [torch.full((3,), 2.0)] * 60)
+    torch.testing.assert_close(got.value["w"], vectors["w"] / 2)
+    assert got.status.shape == (5,)
