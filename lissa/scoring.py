@@ -39,13 +39,18 @@ class ScoringPlan(NamedTuple):
 
     Attributes:
         method: `"jvp"` or `"per-example-gradients"`.
-        chunk_size: Examples at a time.
+        chunk_sizes: Examples at a time, by method.
         seconds: The model's times, to be compared with each other.
     """
 
     method: str
-    chunk_size: int
+    chunk_sizes: dict[str, int]
     seconds: dict[str, float]
+
+    @property
+    def chunk_size(self) -> int:
+        """Examples at a time."""
+        return self.chunk_sizes[self.method]
 
 
 def forward_work(example_loss_fn: ExampleLossFn, params: Params, example: Batch) -> ForwardWork:
@@ -105,7 +110,7 @@ def plan_scoring(
         "per-example-gradients": gradients * N * u_1 + n * (F * u_2 + E * u_3 + P * u_4 + K * P * u_5),
     }
     method = min(seconds, key=lambda method: seconds[method])
-    return ScoringPlan(method, sizes[method], seconds)
+    return ScoringPlan(method, sizes, seconds)
 
 
 t_1, t_2, t_3, t_4 = 40e-6, 60e-12, 2e-9, 1e-9
