@@ -75,8 +75,8 @@ def plan_scoring(
 
     with N operations, F multiplications and E numbers written in W. A jvp pushes each vector through each example's
     forward pass, and reads all vectors for each chunk; a gradient costs a backward pass and P numbers to write, and
-    each vector then a product with them. The constants are fits, to one digit, to which of the two was faster in 180
-    cases on one core: they are made to choose, and a time may be off by a factor of three.
+    each vector then a product with them. The constants are fits, to one digit, to which of the two was faster in 360
+    measurements on one core: they are made to choose, and a time may be off by a factor of three.
     `python -m benchmarks.scoring` measures again and judges the choice.
 
     Args:
@@ -113,8 +113,8 @@ def plan_scoring(
     return ScoringPlan(method, sizes, seconds)
 
 
-t_1, t_2, t_3, t_4 = 40e-6, 60e-12, 2e-9, 1e-9
-u_1, u_2, u_3, u_4, u_5 = 40e-6, 20e-12, 0.5e-9, 4e-9, 10e-12
+t_1, t_2, t_3, t_4 = 30e-6, 40e-12, 2e-9, 2e-9
+u_1, u_2, u_3, u_4, u_5 = 20e-6, 10e-12, 0.3e-9, 4e-9, 4e-12
 """Seconds of an operation, a multiplication, a number written, ..., see `plan_scoring`."""
 
 
