@@ -117,14 +117,21 @@ def scores(model: Functional) -> Callable[[Params, Batch], Tensor]:
         method, chunk_size = "per-example-gradients", gradients_at_once
         return influence_scores(losses, model.params, ihvps, stack, method=method, chunk_size=chunk_size)
 
+    def flat(t: Tensor) -> Tensor:
+        return t.reshape(len(t), t[0].numel())
+
     def one_by_one(ihvps: Params, stack: Batch) -> Tensor:
-        def score(row: Batch) -> Tensor:
-            gradient = loss_and_gradient(model.loss_fn, model.params, row)[1]
-            return torch.vmap(tree.vdot, in_dims=(0, None))(ihvps, gradient)
+        found = [loss_and_gradient(model.loss_fn, model.params, row)[1] for row in rows(stack)]
+        gradients = stack_vectors(found)
+        products = [(flat(gradients[k]) @ flat(x).mT).mT for k, x in ihvps.items()]
+        return torch.stack(products).sum(0)
 
-        return torch.stack([score(row) for row in rows(stack)], dim=1)
+    def a_few_at_a_time(ihvps: Params, stack: Batch) -> Tensor:
+        size = max(1, min(gradients_at_once, NUMBERS_AT_ONCE // tree.numel(model.params)))
+        parts = [slice(start, start + size) for start in range(0, length(stack), size)]
+        return torch.cat([one_by_one(ihvps, take(stack, part)) for part in parts], dim=1)
 
-    return first_that_runs("scores", *map(in_halves, (at_once, by_gradients)), one_by_one)
+    return first_that_runs("scores", *map(in_halves, (at_once, by_gradients)), a_few_at_a_time)
 
 
 def in_halves(fn: Callable[[Params, Batch], Tensor]) -> Callable[[Params, Batch], Tensor]:
