@@ -9,16 +9,18 @@ interrupted; 143 terminated, as a batch system does.
 
 import argparse
 import math
+import os
 import shlex
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bridge import results
+from bridge import distributed, results
+from bridge.checkpoint import CheckpointError
 from bridge.files import InputError
 from bridge.settings import SOLVER_NAMES
 
@@ -37,9 +39,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     arguments.command_line = shlex.join(["simple-influence", *(sys.argv[1:] if argv is None else argv)])
+    with _one_talks():
+        return _exit_code(arguments)
+
+
+@contextmanager
+def _one_talks() -> Iterator[None]:
+    """Of the processes that torchrun started, all but the first are silent inside."""
+    if distributed.first_here():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+def _exit_code(arguments: argparse.Namespace) -> int:
+    """Runs the command; errors become words and a code."""
     try:
         with _termination_as_interrupt():
             return arguments.run(arguments)
+    except distributed.RankError as error:
+        has_the_word = distributed.second_here() if error.first_is_gone else distributed.first_here()
+        if has_the_word:
+            print(f"{type(error).__name__}: {error}", file=sys.__stderr__, flush=True)
+        return FAILED
     except KeyboardInterrupt as interrupt:
         print("Interrupted.", file=sys.stderr)
         return TERMINATED if isinstance(interrupt, _Terminated) else INTERRUPTED
@@ -47,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         extra = EXTRAS.get((error.name or "").partition(".")[0], "demo")
         print(f"{error}. Install the extra that holds it: pip install 'lissa[{extra}]'", file=sys.stderr)
         return FAILED
-    except InputError as error:
+    except (CheckpointError, InputError) as error:
         print(error, file=sys.stderr)
         return CANNOT_BE_USED
     except (OSError, RuntimeError, TypeError, ValueError) as error:
@@ -132,6 +155,35 @@ def _parser() -> argparse.ArgumentParser:
     _add_job(check, test_is="examples to solve for; the default is training examples")
     _add_settings(check)
     check.set_defaults(run=_check)
+
+    plan = commands.add_parser(
+        "plan",
+        help="time, memory and traffic of a large run, from a short probe",
+        description="Reads a part of the data, takes a few steps of each kind, and says what `run` with LiSSA would "
+        "need on each of several numbers of processes. Under torchrun the traffic between the processes is measured "
+        "too.",
+    )
+    _add_job(plan, test_is="a few of the examples to explain")
+    size = plan.add_argument_group("the run that is planned")
+    _add_params(size)
+    size.add_argument("--examples", type=_positive_count, metavar="N", help="training examples (those of --train)")
+    size.add_argument("--tests", type=_positive_count, metavar="T", help="examples to explain (those of --test)")
+    size.add_argument("--steps", type=_positive_count, required=True, help="LiSSA's steps")
+    size.add_argument("--batch-size", type=_positive_count, default=32, help="training examples a step (%(default)s)")
+    size.add_argument(
+        "--processes", type=_counts, default=[1, 2, 4, 8], metavar="R,R,...", help="numbers of processes (1,2,4,8)"
+    )
+    size.add_argument("--memory", type=_number, metavar="GB", help="that a process may hold")
+    size.add_argument("--hours", type=_number, help="that the run may take")
+    size.add_argument(
+        "--bandwidth",
+        type=_positive_number,
+        default=1.0,
+        metavar="GB/S",
+        help="from one process to the next (%(default)g)",
+    )
+    size.add_argument("--latency", type=_number, default=50.0, metavar="MICROSECONDS", help="(%(default)g)")
+    plan.set_defaults(run=_plan)
     return parser
 
 
@@ -156,9 +208,8 @@ def _add_job(parser: argparse.ArgumentParser, *, test_is: str | None) -> None:
     job.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (%(default)s)")
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
-    settings = parser.add_argument_group("what is solved: (H + ridge I) x = gradient")
-    settings.add_argument(
+def _add_params(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument(
         "--params",
         action="append",
         default=[],
@@ -166,6 +217,11 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         help="measure influence in the parameters whose names begin with a match, the others being constants; may be "
         r"given several times (all parameters). Example: --params 'classifier|bert\.encoder\.layer\.5'",
     )
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    settings = parser.add_argument_group("what is solved: (H + ridge I) x = gradient")
+    _add_params(settings)
     settings.add_argument(
         "--solver",
         choices=SOLVER_NAMES,
@@ -199,6 +255,19 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write; made if not there")
     output.add_argument("--format", choices=results.FORMATS, default="csv", help="of the table (%(default)s)")
     output.add_argument("--no-report", action="store_true", help="no report.html")
+    output.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="where the run keeps its state: the same command goes on from there after it was killed",
+    )
+    output.add_argument(
+        "--checkpoint-every",
+        type=_number,
+        default=300.0,
+        metavar="SECONDS",
+        help="how often it does; seldomer where writing takes long (%(default)g)",
+    )
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -247,6 +316,34 @@ def _check(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(arguments: argparse.Namespace) -> int:
+    from bridge import plan, run
+
+    job = _job(arguments, needs_test=True)
+    # Ridge and scale change what is solved, not what it costs.
+    settings = run.Settings(
+        params=tuple(arguments.params), solver="lissa", ridge=1.0, scale=1e6, steps=arguments.steps,
+        batch_size=arguments.batch_size, progress=False,
+    )  # fmt: skip
+    network = plan.Network(arguments.bandwidth * 1e9, arguments.latency * 1e-6)
+    plans = run.plan(
+        job, settings, ranks=arguments.processes, n=arguments.examples, tests=arguments.tests, network=network
+    )
+    work = plans[0].work
+    print(
+        f"{work.tests:,} test examples against {work.n:,} training examples in {run.parameters(job, settings):,} "
+        f"parameters, by {work.steps:,} LiSSA steps of {work.batch_size:,}, {work.together} solved for together:"
+    )
+    print(
+        plan.in_words(
+            plans,
+            memory=None if arguments.memory is None else arguments.memory * 1e9,
+            seconds=None if arguments.hours is None else arguments.hours * 3600,
+        )
+    )
+    return 0
+
+
 def _job(arguments: argparse.Namespace, *, needs_test: bool) -> "Job":
     """The job of `--model`; notes on its data are printed."""
     import torch
@@ -255,7 +352,7 @@ def _job(arguments: argparse.Namespace, *, needs_test: bool) -> "Job":
 
     train, test = arguments.train, getattr(arguments, "test", None)
     try:
-        device = torch.device(arguments.device)
+        device = distributed.local_device(torch.device(arguments.device))
     except RuntimeError as error:
         raise InputError(f"--device {arguments.device}: {str(error).splitlines()[0]}") from error
     directory = Path(arguments.model)
@@ -309,6 +406,8 @@ def _settings(arguments: argparse.Namespace, job: "Job") -> "Settings":
         batch_size=arguments.batch_size,
         seed=arguments.seed,
         progress=not arguments.quiet,
+        checkpoint_dir=getattr(arguments, "checkpoint", None),
+        checkpoint_every=getattr(arguments, "checkpoint_every", 300.0),
     )
 
 
@@ -318,6 +417,8 @@ def _writable(arguments: argparse.Namespace) -> None:
         import pyarrow  # noqa: F401  # pyright: ignore[reportMissingImports]
     if not arguments.no_report:
         import jinja2  # noqa: F401  # pyright: ignore[reportMissingImports]
+    if not distributed.first_here():
+        return
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
         probe = arguments.out / "settings.json"
@@ -330,6 +431,8 @@ def _finish(arguments: argparse.Namespace, job: "Job", solved: "Solved", table: 
     """Says what was solved, and writes the settings and the report."""
     from bridge import report, run
 
+    if not distributed.first_here():
+        return 0
     settings = report.repeatable(arguments.command_line, job, _settings(arguments, job), solved.diagnostics)
     written = [table, report.write_settings(arguments.out / "settings.json", settings)]
     if not arguments.no_report:
@@ -353,6 +456,17 @@ def _count(text: str) -> int:
     return value
 
 
+def _positive_number(text: str) -> float:
+    value = _number(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("must be a number > 0, got 0")
+    return value
+
+
+def _counts(text: str) -> list[int]:
+    return [_positive_count(part) for part in text.split(",")]
+
+
 def _positive_count(text: str) -> int:
     value = _count(text)
     if value == 0:
@@ -361,14 +475,16 @@ def _positive_count(text: str) -> int:
 
 
 def _number_or_auto(text: str) -> float | str:
-    if text == "auto":
-        return text
+    return text if text == "auto" else _number(text, or_else=" or auto")
+
+
+def _number(text: str, or_else: str = "") -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not (math.isfinite(value) and value >= 0):
-        raise argparse.ArgumentTypeError(f"must be a number >= 0 or auto, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a number >= 0{or_else}, got {text!r}")
     return value
 
 

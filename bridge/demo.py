@@ -14,6 +14,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from bridge import distributed
 from bridge.diagnostics import Diagnostics
 from bridge.simple_influence import SimpleInfluence
 
@@ -80,13 +81,16 @@ def run(out: Path, *, seed: int = 0, progress: bool = True) -> Findings:
     """
     from bridge import picture  # matplotlib takes a second to load
 
-    out.mkdir(parents=True, exist_ok=True)
-    for name in ("demo.png", "influence.csv", "self_influence.csv"):
-        (out / name).touch()
+    if distributed.first_here():
+        out.mkdir(parents=True, exist_ok=True)
+        for name in ("demo.png", "influence.csv", "self_influence.csv"):
+            (out / name).touch()
 
     digits = load(seed)
     model = train(digits)
     findings = study(digits, model, seed=seed, progress=progress)
+    if not distributed.first_here():
+        return findings
     print(in_words(findings))
 
     picture.draw(findings, out / "demo.png")

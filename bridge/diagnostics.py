@@ -3,7 +3,7 @@
 Knows the numbers of a solve; knows nothing of how they came about.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -113,6 +113,12 @@ def joined(parts: list[Diagnostics]) -> Diagnostics:
     """The diagnostics of several groups of right-hand sides of one call."""
     tensors = ("status", "relative_residual", "cosine_with_gradient", "correlation_with_plain")
     return parts[0]._replace(**{name: torch.cat([getattr(part, name) for part in parts]) for name in tensors})
+
+
+def from_plain(known: dict[str, Any]) -> Diagnostics:
+    """The diagnostics whose `_asdict()` this is, wherever its tensors went in between."""
+    on_cpu: dict[str, Any] = {name: v.cpu() if isinstance(v, Tensor) else v for name, v in known.items()}
+    return Diagnostics(**on_cpu)
 
 
 def failure_advice(worst: Status, solver: str, damping: float, scale: float) -> str:

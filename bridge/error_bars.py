@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bridge import strategies
+from bridge.distributed import Ranks
 from bridge.session import Session, check_finite
 from lissa import Params, Solution, score_bound, score_interval, settled_places, tree
 
@@ -45,6 +46,7 @@ def error_bars(
     *,
     damping: float,
     smallest: float,
+    ranks: Ranks,
 ) -> ErrorBars:
     """The scores of K stacked solutions, with their standard errors, bounds and settled places.
 
@@ -55,6 +57,7 @@ def error_bars(
         solution: Of K right-hand sides; `relative_residual` on all the data, `samples` `(K, R, *shape)` if any.
         damping: That of the solve.
         smallest: A lower bound of the Hessian's eigenvalues.
+        ranks: Who share the work.
     """
     K = strategies.length(solution.value)
     repeats = next(iter(solution.samples.values())).shape[1] if solution.samples else 1
@@ -66,12 +69,14 @@ def error_bars(
         min(session.rows_at_once(train, 1), strategies.stack_limit(session.model) // tree.numel(session.model.params)),
     )
     scores, norms = torch.zeros(K * repeats, len(train), dtype=dtype), torch.zeros(len(train), dtype=dtype)
-    for indices, stack in session.examples(train, size=size, description="scoring"):
+    share = ranks.share(len(train))
+    for indices, stack in session.examples(train, size=size, description="scoring", chosen=share):
         with session.naming("training", train, indices):
             some, gradients = score(ihvps, stack), losses_and_gradients(stack)[1]
         check_finite("score", "training", indices, some)
         scores[:, indices], norms[indices] = some.cpu(), torch.vmap(tree.norm)(gradients).cpu()
 
+    scores, norms = ranks.sum({"scores": scores, "norms": norms}).values()
     residual_norm = (solution.relative_residual * torch.vmap(tree.norm)(vectors)).cpu()
     bound = score_bound(norms, residual_norm[:, None].to(dtype), damping=damping, smallest=smallest)
     if repeats == 1:

@@ -5,6 +5,7 @@ Knows instances, files read through readers, and which training example is which
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,8 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from bridge import npy, settings, strategies
+from bridge import checkpoint, distributed, fingerprint, npy, progress, scoring, settings, strategies
 from bridge.archives import FromArchive
+from bridge.checkpoint import Record
 from bridge.data import (
     CollateFn,
     DatasetReader,
@@ -26,18 +28,24 @@ from bridge.data import (
 )
 from bridge.functional import OutputLoss, evaluation, functional, unused
 from bridge.outputs import BothEnds, InstanceInfluence, InstanceWithGrads, InterpretOutput
-from bridge.rows import Rows
+from bridge.rows import MOST_KEPT, Rows
+from bridge.scoring import Columns, Reduced, Reduction, TopK, Written
 from bridge.session import Session, check_finite
-from lissa import Params, checks, ranking_init, ranking_update, tree
+from lissa import Params, checks, tree
 
-GATHERED_BYTES = 2**28
-"""Training instances that take at most this are held as tensors while a call needs them."""
+CHECKPOINT_EVERY = 300.0
+"""Seconds between two states of a long run, unless told otherwise."""
+
+SCORE_BATCH_SIZE = 1024
+"""Most training examples held together for scoring unless told otherwise."""
 
 SELF_BATCH_SIZE = 512
 """Most training examples whose self-influence is solved for together."""
 
-Solve = Callable[[Params], Params]
-"""`K stacked test gradients -> K stacked (H + damping I)^-1 v`."""
+Solve = Callable[[Params, Record], tuple[Params, Any]]
+"""`K stacked test gradients -> K stacked (H + damping I)^-1 v`, and what is known of them, in plain values.
+
+What is found on the way may go into the record."""
 
 
 class InfluenceInterpreter(FromArchive):
@@ -58,11 +66,24 @@ class InfluenceInterpreter(FromArchive):
         loss_fn: `loss_fn(model(x), y) -> ()`, the mean loss, for instances that are `(x, y)` pairs.
         collate_fn: Makes a batch of a list of instances.
         progress: Whether work that takes more than a second shows a bar.
-        score_batch_size: Training examples held together while scores or residuals are computed; the default is as
-            many as fit into the memory that 16 million numbers take, at most 1024.
+        score_batch_size: Most training examples held together while scores or residuals are computed; fewer where a
+            pass over them would keep more than 16 million numbers.
+        max_memory: About how many bytes the work of a call may take beside the model, the instances and the results.
+            The default holds up to 512 MiB of right-hand sides a few times over. What does not fit is done in parts.
+        checkpoint_dir: Where each call keeps its state, so that a run that was killed, made again with the same
+            arguments and calls, goes on: on the same machine, threads and number of processes to the same bits. What
+            the call solves and scores is kept; `train_instances` and other properties are not. A state of another
+            model, data, setting or version is refused. Of two processes or more the first one writes.
+        checkpoint_every: Seconds between two states; more where writing one takes long.
+        process_group: The processes that share the work, all of which make the same calls: `"all"` that
+            `torch.distributed` knows, if it is initialised or torchrun started this process; a group; or None, this
+            process alone. Each process reads its share of the training data, one stretch in order of rank, a sample
+            of some hundred instances, and those that are ranked. The loss of a batch must be the mean over its
+            instances.
 
     Raises:
-        ValueError: If there are no training instances or every parameter is frozen.
+        ValueError: If there are no training instances or every parameter is frozen; a `bridge.checkpoint.
+            CheckpointError` if the directory cannot be used or holds the state of another run.
         TypeError: If an argument is of the wrong type.
     """
 
@@ -83,22 +104,34 @@ class InfluenceInterpreter(FromArchive):
         loss_fn: OutputLoss | None = None,
         collate_fn: CollateFn | None = None,
         progress: bool = True,
-        score_batch_size: int | None = None,
+        score_batch_size: int = SCORE_BATCH_SIZE,
         max_memory: int | None = None,
+        checkpoint_dir: str | Path | None = None,
+        checkpoint_every: float = CHECKPOINT_EVERY,
+        process_group: Any = "all",
     ):
         call = type(self).__name__
         self._candidates = settings.trainable_names(call, model, params_to_freeze)
         self.device = settings.device_of(call, cuda_device, model)
-        if score_batch_size is not None:
-            checks.count(call, "score_batch_size", score_batch_size)
+        checks.count(call, "score_batch_size", score_batch_size)
         if max_memory is not None:
             checks.count(call, "max_memory", max_memory)
+        checks.non_negative(call, "checkpoint_every", checkpoint_every)
+        distributed.check_whole(call, model)
         for name, value in (("loss_fn", loss_fn), ("collate_fn", collate_fn)):
             if value is not None and not callable(value):
                 raise TypeError(f"`{call}({name}=...)` must be callable, got {type(value).__name__}.")
         self.model = model
         self.vocab = getattr(model, "vocab", None)
-        self.progress = progress
+        self._ranks = distributed.ranks_of(call, process_group, self.device)
+        self.progress = progress and self._ranks.first
+        self._states: checkpoint.Directory | None = None
+        if checkpoint_dir is not None:
+            self._states = checkpoint.Directory(Path(checkpoint_dir))
+            self._ranks.raise_first(partial(self._states.check, call) if self._ranks.first else lambda: None)
+        self._checkpoint_every = float(checkpoint_every)
+        self._calls = 0
+        self._train_digest: str | None = None
         self._loss_fn = loss_fn
         self._score_batch_size = score_batch_size
         self._max_memory = max_memory
@@ -109,7 +142,7 @@ class InfluenceInterpreter(FromArchive):
         self._scan_batch_size = 1
         self._rows = partial(
             Rows, collate=self._collate, device=self.device, vocab=self.vocab, pads=collate_fn is not None,
-            most_bytes=GATHERED_BYTES if max_memory is None else max_memory // 4,
+            most_bytes=MOST_KEPT if max_memory is None else max_memory // 4,
         )  # fmt: skip
         self._train = self._rows(self._read(train_data_loader, train_dataset_reader, train_data_path))
         if not len(self._train):
@@ -148,19 +181,18 @@ class InfluenceInterpreter(FromArchive):
     def scores(self, test_instances: Iterable[Any]) -> Tensor:
         """All scores, shape `(T, n)`: a row for each test instance, a column for each training instance, on the CPU."""
         tests = self._listed("scores", test_instances)
-        with self._session() as session:
-            self._train.gather()
-            blocks = []
-            for losses, parts in self._scored(session, tests):
-                block = torch.zeros(len(losses), len(self._train))
-                for indices, scores in parts:
-                    block = block.to(scores.dtype)
-                    block[:, indices] = scores.cpu()
-                blocks.append(block)
-        return torch.cat(blocks) if blocks else torch.zeros(0, len(self._train))
+        n = len(self._train)
+        with self._session() as session, self._recorded(session, "scores", tests) as record:
+            blocks = [
+                Columns.matrix(columns, len(losses), n)
+                for losses, columns in self._scored(session, tests, Columns(), record)
+            ]
+        return torch.cat(blocks) if blocks else torch.zeros(0, n)
 
     def scores_to_file(self, test_instances: Iterable[Any], path: str | Path) -> None:
         """All scores into a `.npy` file, shape `(T, n)`, as they come: neither T n scores nor n gradients are held.
+
+        A checkpoint keeps nothing of this call: the file is made anew.
 
         Read it with `numpy.load(path, mmap_mode="r")`. The file appears when it is complete.
 
@@ -169,54 +201,62 @@ class InfluenceInterpreter(FromArchive):
             path: Where to write; what is there is replaced.
 
         Raises:
-            ValueError: As `scores` does, or if there are no test instances.
+            ValueError: As `scores` does, if there are no test instances, or several processes share the work.
             lissa.SolverError: If the solve fails.
         """
         tests = self._listed("scores_to_file", test_instances)
         if not len(tests):
             raise ValueError("`scores_to_file(test_instances=...)` must hold at least one instance.")
+        if self._ranks.size > 1:
+            raise ValueError("`scores_to_file` writes what one process scores: pass process_group=None.")
         with self._session() as session:
-            self._train.gather()
             dtype = next(iter(session.model.params.values())).dtype
             with npy.being_written(Path(path), (len(tests), len(self._train)), dtype) as rows:
-                start = 0
-                for losses, parts in self._scored(session, tests):
-                    block = rows[start : start + len(losses)]
-                    for indices, scores in parts:
-                        block[:, torch.tensor(indices)] = scores.cpu().to(dtype)
-                    start += len(losses)
+                written = Written(rows)
+                for losses, _ in self._scored(session, tests, written, Record()):
+                    written.start += len(losses)
 
     def inverse_hvps(self, test_instances: Iterable[Any]) -> Params:
         """`(H + damping I)^-1 grad_test` of each test instance, stacked: tensors of shape `(T, *shape)`."""
         tests = self._listed("inverse_hvps", test_instances)
-        with self._session() as session:
+        with self._session() as session, self._recorded(session, "inverse_hvps", tests) as record:
             none = {name: p.new_zeros(0, *p.shape) for name, p in session.model.params.items()}
-            groups = [none, *(ihvps for _, ihvps in self._solved(session, tests))]
+            groups = [none, *self._solved(session, tests, record)]
         return {name: torch.cat([group[name] for group in groups]) for name in none}
 
-    def self_influence(self) -> Tensor:
+    def self_influence(self, chosen: Sequence[int] | None = None) -> Tensor:
         """`score_i = + grad_i . (H + damping I)^-1 grad_i` for each training instance, shape `(n,)`, on the CPU.
 
         Each training instance is its own test instance. Large values single out unusual examples: mislabelled ones,
         outliers. All of them are solved for with the same LiSSA batches.
 
+        Args:
+            chosen: Indices of training instances; the default is all.
+
         Raises:
             ValueError: If the loss of a training instance is missing or not finite.
             lissa.SolverError: If the solve fails.
         """
-        found: dict[int, float] = {}
-        with self._session() as session:
-            self._train.gather()
-            solve = self._solver(session)
-            gradients = strategies.losses_and_gradients(session.model)
+        chosen = range(len(self._train)) if chosen is None else chosen
+        with self._session() as session, self._recorded(session, "self_influence", None, chosen=chosen) as record:
+            quiet = replace(session, show=False)
+            self._train.gather(self._share)
             size = min(SELF_BATCH_SIZE, self._vectors_at_once(session))
-            for indices, stack in session.examples(self._train, size=size, description="self-influence"):
-                with session.naming("training", self._train, indices):
-                    vectors = gradients(stack)[1]
-                found |= zip(indices, torch.vmap(tree.vdot)(vectors, solve(vectors)).tolist(), strict=True)
-            self._close(session)
-        dtype = next(iter(session.model.params.values())).dtype
-        return torch.tensor([found[i] for i in range(len(self._train))], dtype=dtype)
+            solve = self._made_when_needed(session, record)
+
+            def of_group(group: Sequence[int], part: Record) -> dict[str, Any]:
+                vectors = self._gradients(quiet, "training", self._train, group)[1]
+                ihvps, known = solve(vectors, part)
+                return {"scores": torch.vmap(tree.vdot)(vectors, ihvps).cpu(), "known": known}
+
+            found = [torch.zeros(0, dtype=next(iter(session.model.params.values())).dtype)]
+            starts = range(0, len(chosen), size)
+            for start in progress.bar(starts, description="self-influence", show=session.show):
+                of_this = partial(of_group, chosen[start : start + size])
+                found.append(self._heard(record.once(f"group {start}", of_this))["scores"].cpu())
+            if len(chosen):
+                self._close(session)
+        return torch.cat(found)
 
     # ------------------------------------------------------------------ what is known of training
 
@@ -247,9 +287,16 @@ class InfluenceInterpreter(FromArchive):
 
     # ------------------------------------------------------------------ for subclasses
 
-    def _solver(self, session: Session) -> Solve:
+    def _solver(self, session: Session, record: Record) -> Solve:
         """A function that maps K stacked gradients to K stacked solutions; made once for each public call."""
         raise NotImplementedError
+
+    def _hear(self, known: Any) -> None:
+        """Called with what the solver knows of each group, whether it was solved for now or by an earlier run."""
+
+    def _settings_of_run(self) -> dict[str, str]:
+        """What else must be the same for an earlier run's state to be of use, by name."""
+        return {}
 
     def _close(self, session: Session) -> None:
         """Called once all that a public call asked for is solved."""
@@ -261,19 +308,21 @@ class InfluenceInterpreter(FromArchive):
     def _find_used(self, session: Session) -> list[str]:
         """Of the parameters of `session.model`, the names of those that training uses."""
         unseen = session.model.params
-        for start in range(0, len(self._train), self._scan_batch_size):
-            indices = range(start, min(start + self._scan_batch_size, len(self._train)))
+        share = self._share
+        for start in range(share.start, share.stop, self._scan_batch_size):
+            indices = range(start, min(start + self._scan_batch_size, share.stop))
             with session.naming("training", self._train, indices):
                 unseen = unused(session.model, unseen, session.batch(self._train, indices))
             if not unseen:
                 break
-        return [name for name in session.model.params if name not in unseen]
+        unseen_by_all = set.intersection(*self._ranks.gathered(set(unseen)))
+        return [name for name in session.model.params if name not in unseen_by_all]
 
-    def _train_scores(self, session: Session, ihvps: Params) -> Iterator[tuple[list[int], Tensor]]:
-        """Indices of some training instances and their scores, shape `(K, B)`, until all had their turn."""
+    def _train_scores(self, session: Session, ihvps: Params, chosen: range) -> Iterator[tuple[list[int], Tensor]]:
+        """Indices of some of the chosen training instances and their scores, shape `(K, B)`, until all had a turn."""
         score = strategies.scores(session.model)
         size = session.rows_at_once(self._train, vectors=1)  # `lissa` cuts these as its method needs it
-        for indices, stack in session.examples(self._train, size=size, description="scoring"):
+        for indices, stack in session.examples(self._train, size=size, description="scoring", chosen=chosen):
             with session.naming("training", self._train, indices):
                 scores = score(ihvps, stack)
             check_finite("score", "training", indices, scores)
@@ -290,20 +339,14 @@ class InfluenceInterpreter(FromArchive):
         tests = self._listed(call, test_instances)
         if not len(tests):
             return []
-        with self._session() as session:
-            self._train.gather()
+        with self._session() as session, self._recorded(session, call, tests, k=k) as record:
             test_losses: list[float] = []
             helpful: list[list[tuple[int, float]]] = []
             harmful: list[list[tuple[int, float]]] = []
-            for losses, parts in self._scored(session, tests):
-                ranking = None
-                for indices, scores in parts:
-                    ranking = ranking or ranking_init(scores, k)
-                    ranking = ranking_update(ranking, scores, torch.tensor(indices, device=scores.device), k=k)
+            for losses, ranking in self._scored(session, tests, TopK(k), record):
                 test_losses += losses.tolist()
-                if ranking is not None:
-                    helpful += _pairs(ranking.helpful_indices, ranking.helpful_scores)
-                    harmful += _pairs(ranking.harmful_indices, ranking.harmful_scores)
+                helpful += _pairs(ranking["helpful_indices"], ranking["helpful_scores"])
+                harmful += _pairs(ranking["harmful_indices"], ranking["harmful_scores"])
             ranked = {i for rows in (helpful, harmful) for row in rows for i, _ in row}
             train_losses = self._train_losses(session, sorted(ranked))
 
@@ -312,29 +355,166 @@ class InfluenceInterpreter(FromArchive):
 
         return [BothEnds(test, test_losses[t], named(helpful[t]), named(harmful[t])) for t, test in enumerate(tests)]
 
-    def _scored(self, session: Session, tests: Rows) -> Iterator[tuple[Tensor, Iterator[tuple[list[int], Tensor]]]]:
-        """Test losses, and indices and scores of training instances: a group of test instances at a time."""
-        for losses, ihvps in self._solved(session, tests):
-            yield losses, self._train_scores(session, ihvps)
+    def _scored(
+        self, session: Session, tests: Rows, reduction: Reduction, record: Record
+    ) -> Iterator[tuple[Tensor, Reduced]]:
+        """Test losses, and what the reduction makes of the scores: a group of test instances at a time."""
+        self._train.gather(self._share)
+        solve = self._made_when_needed(session, record)
 
-    def _solved(self, session: Session, tests: Rows) -> Iterator[tuple[Tensor, Params]]:
-        """Test losses, and solutions for the test gradients, stacked: a group of test instances at a time."""
-        size = self._vectors_at_once(session)
-        if len(tests) > size:  # a mistake in a later group must not wait for the first to be solved
-            session.losses("test", tests, range(len(tests)))
-        solve = None
-        for start in range(0, len(tests), size):
-            losses, gradients = session.gradients("test", tests, range(start, min(start + size, len(tests))))
-            solve = solve or self._solver(session)
-            yield losses, solve(gradients)
+        def of_group(chosen: range, part: Record) -> dict[str, Any]:
+            solved = part.once("solved", partial(self._solved_group, session, tests, solve, chosen))
+            reduced = scoring.reduced(
+                partial(self._train_scores, session, solved.pop("ihvps")),
+                self._share,
+                block=scoring.BLOCK * self._score_batch_size,
+                reduction=reduction,
+                ranks=self._ranks,
+                record=part,
+            )
+            return {**solved, "reduced": reduced}
+
+        for chosen in self._groups(session, tests):
+            found = self._heard(record.once(f"group {chosen.start}", partial(of_group, chosen)))
+            yield found["losses"], found["reduced"]
         if len(tests):
             self._close(session)
+
+    def _solved(self, session: Session, tests: Rows, record: Record) -> Iterator[Params]:
+        """Solutions for the test gradients, stacked: a group of test instances at a time."""
+        solve = self._made_when_needed(session, record)
+        for chosen in self._groups(session, tests):
+            of_group = partial(self._solved_group, session, tests, solve, chosen)
+            yield self._heard(record.once(f"group {chosen.start}", of_group))["ihvps"]
+        if len(tests):
+            self._close(session)
+
+    def _solved_group(
+        self, session: Session, tests: Rows, solve: Solve, chosen: range, record: Record
+    ) -> dict[str, Any]:
+        losses, vectors = self._gradients(session, "test", tests, chosen)
+        ihvps, known = solve(vectors, record)
+        return {"losses": losses, "ihvps": ihvps, "known": known}
+
+    def _groups(self, session: Session, tests: Rows) -> list[range]:
+        """The test instances that are solved for together; a mistake in a later group is found before the first."""
+        size = self._vectors_at_once(session)
+        if len(tests) > size:
+            session.losses("test", tests, range(len(tests)))
+        return [range(start, min(start + size, len(tests))) for start in range(0, len(tests), size)]
+
+    def _made_when_needed(self, session: Session, record: Record) -> Solve:
+        """The solver, made when it is first called."""
+        made: list[Solve] = []
+
+        def solve(vectors: Params, part: Record) -> tuple[Params, Any]:
+            if not made:
+                made.append(self._solver(session, record))
+            return made[0](vectors, part)
+
+        return solve
+
+    def _heard(self, group: dict[str, Any]) -> dict[str, Any]:
+        self._hear(group["known"])
+        return group
+
+    @property
+    def _share(self) -> range:
+        """The training instances that this process reads."""
+        return self._ranks.share(len(self._train))
+
+    def _gradients(self, session: Session, role: str, instances: Rows, indices: Sequence[int]) -> tuple[Tensor, Params]:
+        """`L_t, grad L_t` of the instances `indices`, stacked: each process computes its share, and all get all."""
+        if self._ranks.size == 1:
+            return session.gradients(role, instances, indices)
+        share = self._share if role == "training" else [indices[t] for t in self._ranks.share(len(indices))]
+        places = [place for place, i in enumerate(indices) if i in share]
+        losses, gradients = session.gradients(role, instances, [indices[place] for place in places])
+        whole = {"losses": losses.new_zeros(len(indices))} | {
+            f"gradient {name}": t.new_zeros(len(indices), *t.shape[1:]) for name, t in gradients.items()
+        }
+        whole["losses"][places] = losses
+        for name, gradient in gradients.items():
+            whole[f"gradient {name}"][places] = gradient
+        whole = self._ranks.sum(whole)
+        return whole["losses"], {name: whole[f"gradient {name}"] for name in gradients}
+
+    @contextmanager
+    def _recorded(self, session: Session, call: str, tests: Rows | None, **arguments: Any) -> Iterator[Record]:
+        """What is known of a public call from earlier runs, and where what is found goes."""
+        self._calls += 1
+        if self._states is None and self._ranks.size == 1:
+            yield Record()
+            return
+        same = self._fingerprint(session, call, tests, arguments)
+        for rank, differs in enumerate(self._ranks.gathered(checkpoint.differences(self._ranks.agreed(same), same))):
+            if differs:
+                raise ValueError(f"`{call}`: rank {rank} does not make the call of rank 0. It differs in: {differs}.")
+        if self._states is None:
+            yield Record()
+            return
+        name = f"call-{self._calls:04d}"
+        same |= self._fingerprint_of_data(session)
+        left: dict[str, Any] = {}
+
+        def open_state() -> None:
+            states = self._states or checkpoint.Directory(Path())
+            one = sum(p.nbytes for p in session.model.params.values())
+            held = min(self._vectors_at_once(session), len(tests or range(SELF_BATCH_SIZE)))
+            states.check_space(type(self).__name__, checkpoint.COPIES * 2 * held * one)
+            found = states.read(name)
+            left.update({} if found is None else checkpoint.belonging(type(self).__name__, states, found, same))
+
+        self._ranks.raise_first(open_state if self._ranks.first else lambda: None)
+        values = self._ranks.agreed(left)
+        write = None
+        if self._ranks.first:
+            write = partial(self._states.write_values, name, same)
+        record = Record(write, values, every=self._checkpoint_every, device=self.device)
+        yield record
+        record.save()
+
+    def _fingerprint(
+        self, session: Session, call: str, tests: Rows | None, arguments: dict[str, Any]
+    ) -> dict[str, str | float]:
+        """What all processes, and all runs that go on from each other, must have in common."""
+        of_tests = {}
+        if tests is not None:
+            starts = range(0, len(tests), fingerprint.CHUNK)
+            digests = fingerprint.of_rows(tests, lambda i: tests.batch([i]), starts)
+            of_tests = {"the test instances": fingerprint.of_chunks(digests), "how many of them": str(len(tests))}
+        return {
+            "the call": call,
+            **{f"its argument {name}": str(value) for name, value in arguments.items()},
+            **of_tests,
+            "the number of training instances": str(len(self._train)),
+            "the parameters in use": ", ".join(session.model.params),
+            "the kind of device": self.device.type,
+            "score_batch_size": str(self._score_batch_size),
+            **self._settings_of_run(),
+            **fingerprint.of_versions(),
+            **fingerprint.of_model(self.model),
+        }
+
+    def _fingerprint_of_data(self, session: Session) -> dict[str, str | float]:
+        """Of the training data, each process reading its share, and of the loss, which no digest tells."""
+        if self._train_digest is None:
+            starts = [start for start in range(0, len(self._train), fingerprint.CHUNK) if start in self._share]
+            digests = fingerprint.of_rows(self._train, lambda i: self._train.batch([i]), starts)
+            joined = {start: digest for part in self._ranks.gathered(digests) for start, digest in part.items()}
+            self._train_digest = fingerprint.of_chunks(joined)
+        first = session.losses("training", self._train, [0])[0] if self._ranks.first else 0.0
+        return {"the training data": self._train_digest, "the loss of training instance 0": self._ranks.agreed(first)}
 
     @contextmanager
     def _session(self) -> Iterator[Session]:
         """What a public call works with; the caller's model and torch's global generator are as before on exit."""
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices, enabled=self._keep_rng), evaluation(self.model) as module:
+        with (
+            self._ranks.together(),
+            torch.random.fork_rng(devices, enabled=self._keep_rng),
+            evaluation(self.model) as module,
+        ):
 
             def session(names: list[str]) -> Session:
                 model = functional(module, names, output_loss=self._loss_fn, device=self.device)

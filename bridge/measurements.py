@@ -11,6 +11,7 @@ from torch import Tensor
 
 import lissa
 from bridge import progress, strategies
+from bridge.distributed import Ranks
 from bridge.session import Session
 from lissa import Params, tree
 from lissa.stacked import norms as stacked_norms
@@ -20,7 +21,14 @@ SAMPLE = 64
 
 
 def relative_residuals(
-    session: Session, train: Sequence[Any], damping: float, vectors: Params, ihvps: Params, *, count: int
+    session: Session,
+    train: Sequence[Any],
+    damping: float,
+    vectors: Params,
+    ihvps: Params,
+    *,
+    count: int,
+    ranks: Ranks,
 ) -> Tensor:
     """`|v - (H + damping I) x| / |v|` on all training data for K stacked vectors, shape `(K,)`; 0 where v is 0.
 
@@ -28,7 +36,7 @@ def relative_residuals(
     """
     found = torch.full_like(stacked_norms(vectors), torch.nan)
     vectors, ihvps = (tree.map(lambda t: t[:count], x) for x in (vectors, ihvps))
-    damped = tree.add_scaled(_product(session, train, ihvps), damping, ihvps)
+    damped = tree.add_scaled(_product(session, train, ihvps, ranks), damping, ihvps)
     found[:count] = (stacked_norms(tree.sub(vectors, damped)) / stacked_norms(vectors)).nan_to_num(0.0)
     return found
 
@@ -65,9 +73,9 @@ def correlations(session: Session, train: Sequence[Any], vectors: Params, ihvps:
     return (plain * scores).sum(1) / (plain.norm(dim=1) * scores.norm(dim=1))
 
 
-def _product(session: Session, train: Sequence[Any], vectors: Params) -> Params:
-    """`H v` on all training data for K stacked vectors, in batches weighted by their size."""
-    n = len(train)
+def _product(session: Session, train: Sequence[Any], vectors: Params, ranks: Ranks) -> Params:
+    """`H v` on all training data for K stacked vectors, in batches weighted by their size, each rank on its share."""
+    n, share = len(train), ranks.share(len(train))
     product = strategies.products(session.model)
     total = tree.zeros_like(vectors)
     size = session.rows_at_once(train, strategies.length(vectors))
@@ -86,9 +94,10 @@ def _product(session: Session, train: Sequence[Any], vectors: Params) -> Params:
             add(indices[:half])
             add(indices[half:])
 
-    for start in progress.bar(range(0, n, size), description="measuring the residual", show=session.show):
-        add(range(start, min(start + size, n)))
-    return total
+    starts = progress.bar(range(share.start, share.stop, size), description="measuring the residual", show=session.show)
+    for start in starts:
+        add(list(range(start, min(start + size, share.stop))))
+    return ranks.sum(total)
 
 
 def _sample(n: int, seed: int) -> list[int]:

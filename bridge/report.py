@@ -51,7 +51,7 @@ def repeatable(command_line: str, job: Job, settings: Settings, diagnostics: Dia
         "command": command_line,
         "model": type(job.model).__name__,
         "training_examples": len(job.train),
-        "asked": {name: value for name, value in settings._asdict().items() if name != "progress"},
+        "asked": {name: value for name, value in settings._asdict().items() if name not in _NOT_OF_THE_ANSWER},
         "used": {
             "solver": diagnostics.solver,
             "damping": diagnostics.damping,
@@ -61,6 +61,9 @@ def repeatable(command_line: str, job: Job, settings: Settings, diagnostics: Dia
         },
         "versions": {"python": platform.python_version(), **_versions("lissa", "torch", "transformers")},
     }
+
+
+_NOT_OF_THE_ANSWER = ("progress", "checkpoint_dir", "checkpoint_every")
 
 
 def write_settings(path: Path, settings: dict[str, Any]) -> Path:

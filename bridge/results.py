@@ -55,6 +55,16 @@ def partial(path: Path) -> Path:
     return path.with_suffix(f".partial{path.suffix}")
 
 
+class Nowhere:
+    """A table of a process that writes nothing."""
+
+    def write(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Forgets the rows."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
 class _Csv:
     def __init__(self, path: Path, columns: Sequence[str]):
         self._file: IO[str] = path.open("w", encoding="utf-8", newline="")

@@ -13,6 +13,9 @@ from torch.utils import _pytree as pytree
 from bridge.data import Instance, grouped, stacked_alike, to_device
 from lissa import Batch, take
 
+MOST_KEPT = 2**28
+"""Bytes of instances that `gather` keeps in memory, unless told otherwise."""
+
 CHUNK = 256
 """Instances collated together while all are gathered."""
 
@@ -44,7 +47,7 @@ class Rows(Sequence[Any]):
         *,
         vocab: Any = None,
         pads: bool = False,
-        most_bytes: int = 2**28,
+        most_bytes: int = MOST_KEPT,
     ):
         self._instances = instances
         self._collate = collate
@@ -53,6 +56,7 @@ class Rows(Sequence[Any]):
         self._pads = pads
         self._most_bytes = most_bytes
         self._gathered: Batch = None
+        self._held = range(0)
         self._of_fields: dict[type, bool] = {}
 
     def __len__(self) -> int:
@@ -64,19 +68,26 @@ class Rows(Sequence[Any]):
 
     def batch(self, indices: Iterable[int]) -> Batch:
         """One batch of the instances `indices`, on the device."""
-        if self._gathered is not None:
-            return take(self._gathered, torch.as_tensor(list(indices)))
+        indices = list(indices)
+        if self._holds(indices):
+            return take(self._gathered, torch.as_tensor(indices) - self._held.start)
         return to_device(self._collate([self._instances[i] for i in indices]), self._device)
 
     @property
     def gathered(self) -> bool:
-        """Whether all instances are held as one batch: they then have the same shapes."""
+        """Whether instances are held as one batch: they then have the same shapes."""
         return self._gathered is not None
 
-    def gather(self) -> None:
-        """Collates all instances once, for those who will need all of them, if that is possible; see the class."""
+    def gather(self, share: range | None = None) -> None:
+        """Collates all instances, or those of `share`, once, for those who will need them all, if that is possible."""
         if self._gathered is None and not self._pads:
-            self._gathered = self._all_together()
+            self._held = range(len(self)) if share is None else share
+            self._gathered = self._all_together(self._held)
+
+    @property
+    def kept_bytes(self) -> int:
+        """What `gather` keeps in memory."""
+        return sum(leaf.nbytes for leaf in pytree.tree_leaves(self._gathered) if isinstance(leaf, Tensor))
 
     def examples(self, size: int, chosen: Iterable[int] | None = None) -> Iterator[tuple[list[int], Batch]]:
         """Instances, each a batch of one, in stacks of at most `size`, with their indices.
@@ -91,6 +102,7 @@ class Rows(Sequence[Any]):
         chosen = range(len(self)) if chosen is None else chosen
         if self._gathered is not None:
             chosen = list(chosen)
+        if isinstance(chosen, list) and self._holds(chosen):
             for start in range(0, len(chosen), size):
                 indices = chosen[start : start + size]
                 yield indices, _as_batches_of_one(self.batch(indices))
@@ -104,11 +116,19 @@ class Rows(Sequence[Any]):
                 else:
                     yield from stacked_alike(((i, self.batch([i])) for i in group), size)
 
-    def _all_together(self) -> Batch:
-        """All instances as one batch, or None if they differ in shape, are no tensors, or would be too large."""
+    def _holds(self, indices: list[int]) -> bool:
+        """Whether these instances are among those gathered."""
+        if self._gathered is None:
+            return False
+        if len(self._held) == len(self) or not indices:
+            return True
+        return min(indices) in self._held and max(indices) in self._held
+
+    def _all_together(self, share: range) -> Batch:
+        """These instances as one batch, or None if they differ in shape, are no tensors, or would be too large."""
         whole, structure, alike = [], None, None
-        for start in range(0, len(self), CHUNK):
-            indices = range(start, min(start + CHUNK, len(self)))
+        for start in range(share.start, share.stop, CHUNK):
+            indices = range(start, min(start + CHUNK, share.stop))
             try:
                 instances = [self._instances[i] for i in indices]
                 batch = to_device(self._collate(instances), self._device)
@@ -119,16 +139,16 @@ class Rows(Sequence[Any]):
                 return None
             if structure is None:
                 structure, alike = found, self._likeness(instances[0])
-                if sum(leaf[0].nbytes for leaf in leaves) * len(self) > self._most_bytes:
+                if sum(leaf[0].nbytes for leaf in leaves) * len(share) > self._most_bytes:
                     return None
-                whole = [leaf.new_empty((len(self), *leaf.shape[1:])) for leaf in leaves]
+                whole = [leaf.new_empty((len(share), *leaf.shape[1:])) for leaf in leaves]
             same = found == structure and all(self._likeness(instance) == alike for instance in instances)
             if not same or any(
                 a.shape[1:] != b.shape[1:] or a.dtype != b.dtype for a, b in zip(whole, leaves, strict=True)
             ):
                 return None
             for rows, leaf in zip(whole, leaves, strict=True):
-                rows[start : indices.stop] = leaf
+                rows[start - share.start : indices.stop - share.start] = leaf
         return pytree.tree_unflatten(whole, structure) if structure is not None else None
 
     def _likeness(self, instance: Any) -> Hashable:

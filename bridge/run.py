@@ -12,15 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from bridge import diagnostics, gauss_newton, progress, results, strategies
+from bridge import diagnostics, distributed, gauss_newton, progress, results, strategies
 from bridge.data import collate
 from bridge.diagnostics import Diagnostics, InfluenceWarning
 from bridge.functional import evaluation, functional
-from bridge.interpreter import InstanceInfluence
+from bridge.interpreter import CHECKPOINT_EVERY, InstanceInfluence
 from bridge.job import Example, Job, Numbered, freezing_the_rest, kept
+from bridge.plan import Network, Plan
 from bridge.session import Session
 from bridge.simple_influence import SimpleInfluence
-from lissa import tree
 
 GROUP = 16
 """Test examples solved together: the more, the less each costs, and the later the first results are there."""
@@ -49,6 +49,8 @@ class Settings(NamedTuple):
         batch_size: Training examples a LiSSA step.
         seed: Of all that is random. Every group begins with it, so scores do not depend on the grouping.
         progress: Whether long work shows a bar.
+        checkpoint_dir: As there.
+        checkpoint_every: As there.
     """
 
     params: tuple[str, ...] = ()
@@ -60,6 +62,8 @@ class Settings(NamedTuple):
     batch_size: int = 32
     seed: int = 0
     progress: bool = True
+    checkpoint_dir: Path | None = None
+    checkpoint_every: float = CHECKPOINT_EVERY
 
 
 class Ranked(NamedTuple):
@@ -157,37 +161,27 @@ def rank_by_self_influence(job: Job, settings: Settings, path: Path) -> Solved:
     train = Numbered(job.train)
     ranked: list[Ranked] = []
 
-    def score_all(influence: SimpleInfluence, group: range) -> list[Ranked]:
-        scores = influence.self_influence().tolist()
+    def score(influence: SimpleInfluence, group: range) -> list[Ranked]:
+        scores = influence.self_influence(group).tolist()
         with evaluation(job.model) as module:
             session = Session(functional(module, [], output_loss=job.loss_fn), _collate(job), settings.progress)
             losses = session.losses("training", train, group)
-        return [Ranked(job.show("train", i, train[i][1]), losses[i], scores[i]) for i in group]
-
-    def score(influence: SimpleInfluence, group: range) -> list[Ranked]:
-        ihvps = strategies.rows(influence.inverse_hvps([train[i] for i in group]))
-        found = []
-        with evaluation(job.model) as module:
-            model = functional(module, list(ihvps[0]), output_loss=job.loss_fn)
-            session = Session(model, _collate(job), show=False)
-            for i, ihvp in zip(group, ihvps, strict=True):
-                loss, gradient = session.loss_and_gradient("training", train, i)
-                found.append(Ranked(job.show("train", i, train[i][1]), float(loss), float(tree.vdot(gradient, ihvp))))
-        return found
+        found = zip(group, scores, strict=True)
+        return [Ranked(job.show("train", i, train[i][1]), losses[i], score) for i, score in found]
 
     at_once = settings.solver == gauss_newton.NAME
     size = len(train) if at_once else max(1, min(SELF_GROUP, strategies.STACK_LIMIT // _numel(job, names)))
     columns = ["rank", job.place, "label", "loss", "self_influence", "text"]
     with _kept(path, columns, ranked, f"{len(train)} training examples") as table:
         parts = []
-        work = score_all if at_once else score
-        for found, part in _groups(job, settings, names, len(train), size, "training examples", work):
+        for found, part in _groups(job, settings, names, len(train), size, "training examples", score):
             table.write([_self_row(job.place, None, one) for one in found])
             ranked += found
             parts.append(part)
     ranked.sort(key=lambda one: -one.score)
-    with results.table(path, columns) as table:
-        table.write([_self_row(job.place, rank, one) for rank, one in enumerate(ranked, 1)])
+    if distributed.first_here():
+        with results.table(path, columns) as table:
+            table.write([_self_row(job.place, rank, one) for rank, one in enumerate(ranked, 1)])
     return Solved(ranked, diagnostics.joined(parts))
 
 
@@ -218,6 +212,30 @@ def check(job: Job, settings: Settings) -> Diagnostics:
     return found
 
 
+def plan(
+    job: Job, settings: Settings, *, ranks: Sequence[int], n: int | None, tests: int | None, network: Network
+) -> list[Plan]:
+    """What `explain` would cost; see `SimpleInfluence.plan`.
+
+    Args:
+        job: With a few test instances.
+        settings: How, with a number of steps.
+        ranks: Numbers of processes.
+        n: Training examples; None for those of the job.
+        tests: Test examples; None for those of the job.
+        network: What connects the processes.
+
+    Returns:
+        A plan for each of `ranks`.
+    """
+    names = kept(job.model, settings.params)
+    examples = Numbered(job.test)
+    influence = _influence(job, settings, names, n)
+    few = [examples[t] for t in range(min(GROUP, len(examples)))]
+    tests = len(examples) if tests is None else tests
+    return influence.plan(few, ranks=ranks, n=n, tests=tests, together=GROUP, network=network)
+
+
 def parameters(job: Job, settings: Settings) -> int:
     """How many numbers influence is measured in, at most."""
     return _numel(job, kept(job.model, settings.params))
@@ -237,22 +255,23 @@ def _groups(
 ) -> Iterator[tuple[list[T], Diagnostics]]:
     """`work` on `range(count)` in groups of `size`: what was found in each, and its diagnostics."""
     groups = [range(start, min(start + size, count)) for start in range(0, count, size)]
+    influence = _influence(job, settings, names)
     for group in progress.bar(groups, description=f"groups of {size} {description}", show=settings.progress):
-        influence = _influence(job, settings, names)
+        influence.restart_batches()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", InfluenceWarning)  # said once, at the end
             found = work(influence, group)
         yield found, influence.diagnostics
 
 
-def _influence(job: Job, settings: Settings, names: list[str]) -> SimpleInfluence:
+def _influence(job: Job, settings: Settings, names: list[str], n: int | None = None) -> SimpleInfluence:
     return SimpleInfluence.from_dataset(
         job.model,
         Numbered(job.train),
         loss_fn=job.loss_fn,
         collate_fn=_collate(job),
         params_to_freeze=freezing_the_rest(job.model, names),
-        lissa_batch_size=min(settings.batch_size, len(job.train)),
+        lissa_batch_size=min(settings.batch_size, n or len(job.train)),
         solver=settings.solver,
         recursion_depth=settings.steps,
         scale=settings.scale,
@@ -260,6 +279,8 @@ def _influence(job: Job, settings: Settings, names: list[str]) -> SimpleInfluenc
         ridge=settings.ridge,
         seed=settings.seed,
         progress=settings.progress,
+        checkpoint_dir=settings.checkpoint_dir,
+        checkpoint_every=settings.checkpoint_every,
         score_batch_size=max(1, min(SCORED_AT_ONCE, strategies.STACK_LIMIT // _numel(job, names))),
     )
 
@@ -277,6 +298,9 @@ def _numel(job: Job, names: list[str]) -> int:
 @contextmanager
 def _kept(path: Path, columns: Sequence[str], done: list[Any], of: str) -> Iterator[results.Table]:
     """A table; if the work inside is cut short, it says what is kept and where."""
+    if not distributed.first_here():
+        yield results.Nowhere()
+        return
     try:
         with results.table(path, columns) as table:
             yield table

@@ -28,7 +28,7 @@ class Session:
         model: The model as functions of the parameters in use.
         collate: Makes a batch of a list of instances.
         show: Whether long work shows a progress bar.
-        rows: How many training instances to take at a time, if the caller said so.
+        rows: Most training instances to take at a time, if the caller said so.
     """
 
     model: Functional
@@ -38,11 +38,10 @@ class Session:
 
     def rows_at_once(self, instances: Sequence[Any], vectors: int) -> int:
         """How many instances, like the first, go into one batch for a product with so many vectors."""
-        if self.rows is not None:
-            return self.rows
         with self.naming("training", instances, [0]):
             first = self.batch(instances, [0])
-        return strategies.rows_at_once(self.model, first, vectors)
+        most = strategies.rows_at_once(self.model, first, vectors)
+        return most if self.rows is None else min(most, self.rows)
 
     def batch(self, instances: Sequence[Any], indices: Iterable[int]) -> Batch:
         """One batch of the instances `indices`, on the device."""
@@ -133,9 +132,9 @@ class Session:
     def _rows(self, instances: Sequence[Any]) -> Rows:
         return instances if isinstance(instances, Rows) else Rows(instances, self.collate, self.model.device, pads=True)
 
-    def first_not_finite(self, role: str, instances: Sequence[Any]) -> None:
+    def first_not_finite(self, role: str, instances: Sequence[Any], chosen: Iterable[int] | None = None) -> None:
         """Raises a ValueError that names the first instance whose loss or gradient is not finite, if there is one."""
-        for i in range(len(instances)):
+        for i in range(len(instances)) if chosen is None else chosen:
             self.loss_and_gradient(role, instances, i)
 
     def _try_together(self, role: str, instances: Sequence[Any], indices: list[int]) -> None:

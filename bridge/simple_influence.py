@@ -6,8 +6,10 @@ Knows how LiSSA's batches are drawn and what its result is worth; the numerics a
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,14 +18,17 @@ from torch.utils.data import Dataset
 
 from bridge import compat as allennlp_order
 from bridge import diagnostics as report
-from bridge import gauss_newton, measurements, progress, settings, solving, strategies
+from bridge import gauss_newton, measurements, plan, recursion, settings, solving
+from bridge.checkpoint import Record
 from bridge.data import CollateFn, DatasetReader, Lazy, LazyLoader, SimpleDataLoader, check_dataset
 from bridge.diagnostics import Diagnostics, InfluenceWarning
 from bridge.error_bars import error_bars
 from bridge.functional import OutputLoss, evaluation, functional
-from bridge.interpreter import InfluenceInterpreter, InstanceWithGrads, Solve
+from bridge.interpreter import CHECKPOINT_EVERY, SCORE_BATCH_SIZE, InfluenceInterpreter, InstanceWithGrads, Solve
 from bridge.outputs import EstimatedOutput, InfluenceEstimate
-from bridge.rows import Rows
+from bridge.plan import Network, Plan
+from bridge.rows import MOST_KEPT, Rows
+from bridge.scoring import Reduced, Reduction
 from bridge.session import Session
 from bridge.solving import Choice
 from lissa import DualInfluence, Params, Solution, SolverError, Status, checks, index_stream, tree
@@ -81,6 +86,12 @@ class SimpleInfluence(InfluenceInterpreter):
             a Hessian-vector product of each training instance and takes the loss to be a mean over the batch. The
             default measures those of the first test instances: as many as add a quarter to the solve's cost, one at
             least.
+        checkpoint_dir: See `InfluenceInterpreter`. LiSSA goes on in the middle of a run; other solvers with the next
+            right-hand sides, `"gauss-newton"` with the next call.
+        checkpoint_every: See `InfluenceInterpreter`.
+        process_group: See `InfluenceInterpreter`. A LiSSA batch is the same however many processes there are: each
+            multiplies by the part of it that falls into its share, and products are summed. With
+            `solver="gauss-newton"` each process does all the work.
 
     Raises:
         ValueError: If a number is out of range, `damping` and `ridge` are both given, every parameter is frozen, or
@@ -123,9 +134,12 @@ class SimpleInfluence(InfluenceInterpreter):
         seed: int = 0,
         compat: str | None = None,
         progress: bool = True,
-        score_batch_size: int | None = None,
+        score_batch_size: int = SCORE_BATCH_SIZE,
         max_memory: int | None = None,
         measure_residual: bool | None = None,
+        checkpoint_dir: str | Path | None = None,
+        checkpoint_every: float = CHECKPOINT_EVERY,
+        process_group: Any = "all",
     ):
         lissa_settings = partial(
             settings.lissa_settings,
@@ -145,7 +159,11 @@ class SimpleInfluence(InfluenceInterpreter):
             raise TypeError(f"`SimpleInfluence(seed=...)` must be an int, got {type(seed).__name__}.")
         if compat is not None and (solver != "lissa" or "auto" in (scale, recursion_depth, ridge)):
             raise ValueError("`SimpleInfluence(compat='allennlp')` takes numbers and solver='lissa', as AllenNLP does.")
-        generator = torch.Generator().manual_seed(seed)
+        if compat is not None and checkpoint_dir is not None:
+            raise ValueError(
+                "`SimpleInfluence(compat='allennlp', checkpoint_dir=...)`: AllenNLP's order comes from the global "
+                "random state, which cannot be gone back to. Leave out one of the two."
+            )
         super().__init__(
             model,
             train_data_path,
@@ -160,8 +178,15 @@ class SimpleInfluence(InfluenceInterpreter):
             progress=progress,
             score_batch_size=score_batch_size,
             max_memory=max_memory,
+            checkpoint_dir=checkpoint_dir,
+            checkpoint_every=checkpoint_every,
+            process_group=process_group,
         )
         n = len(self._train)
+        if compat is not None and self._ranks.size > 1:
+            raise ValueError(
+                "`SimpleInfluence(compat='allennlp')` runs in one process, as AllenNLP does: pass process_group=None."
+            )
         self.settings = lissa_settings(examples=n)
         self._diagnostics: Diagnostics | None = None
         self._parts: list[Diagnostics] = []
@@ -172,11 +197,8 @@ class SimpleInfluence(InfluenceInterpreter):
         self._keep_rng = not self._compat
         self._compat_instances: list[InstanceWithGrads] | None = None
         self._stream: Iterator[list[int]]
-        if self._compat:
-            self._stream = allennlp_order.shuffled_passes(n, self.settings.batch_size)
-        else:
-            batches = index_stream(n, self.settings.batch_size, generator=generator)
-            self._stream = (indices.tolist() for indices in batches)
+        self._drawn = 0
+        self.restart_batches()
 
     @classmethod
     def from_dataset(
@@ -199,9 +221,12 @@ class SimpleInfluence(InfluenceInterpreter):
         seed: int = 0,
         compat: str | None = None,
         progress: bool = True,
-        score_batch_size: int | None = None,
+        score_batch_size: int = SCORE_BATCH_SIZE,
         max_memory: int | None = None,
         measure_residual: bool | None = None,
+        checkpoint_dir: str | Path | None = None,
+        checkpoint_every: float = CHECKPOINT_EVERY,
+        process_group: Any = "all",
     ) -> "SimpleInfluence":
         """The interpreter of a plain PyTorch model and dataset.
 
@@ -226,6 +251,9 @@ class SimpleInfluence(InfluenceInterpreter):
             score_batch_size: See the class.
             max_memory: See the class.
             measure_residual: See the class.
+            checkpoint_dir: See the class.
+            checkpoint_every: See the class.
+            process_group: See the class.
 
         Returns:
             The interpreter. Its `interpret_from_file` takes a dataset as well.
@@ -257,7 +285,19 @@ class SimpleInfluence(InfluenceInterpreter):
             score_batch_size=score_batch_size,
             max_memory=max_memory,
             measure_residual=measure_residual,
+            checkpoint_dir=checkpoint_dir,
+            checkpoint_every=checkpoint_every,
+            process_group=process_group,
         )
+
+    def restart_batches(self) -> None:
+        """The next call draws the LiSSA batches that the first one drew; otherwise it draws those that come next."""
+        n, size = len(self._train), self.settings.batch_size
+        if self._compat:
+            self._stream = allennlp_order.shuffled_passes(n, size)
+        else:
+            batches = index_stream(n, size, generator=torch.Generator().manual_seed(self._seed))
+            self._stream = (indices.tolist() for indices in batches)
 
     @property
     def train_instances(self) -> list[InstanceWithGrads]:
@@ -313,9 +353,9 @@ class SimpleInfluence(InfluenceInterpreter):
         found: list[EstimatedOutput] = []
         if not len(tests):
             return found
-        with self._session() as session:
-            self._train.gather()
-            choice, solve = self._solutions(session, measure_all=True)
+        with self._session() as session, self._recorded(session, call, tests, k=k, smallest=smallest) as record:
+            self._train.gather(self._share)
+            choice, solve = self._solutions(session, record, measure_all=True)
             if not smallest + choice.damping > 0:
                 raise ValueError(
                     f"`{call}(smallest=...)` must have smallest + damping > 0, got {smallest:g} + {choice.damping:g}."
@@ -323,9 +363,12 @@ class SimpleInfluence(InfluenceInterpreter):
             size = max(1, self._vectors_at_once(session) // (1 + self.settings.num_samples))
             for start in range(0, len(tests), size):
                 chosen = range(start, min(start + size, len(tests)))
-                losses, vectors = session.gradients("test", tests, chosen)
+                losses, vectors = self._gradients(session, "test", tests, chosen)
+                solution, known = solve(vectors, record.part(f"group {start}"))
+                self._hear(known)
                 bars = error_bars(
-                    session, self._train, vectors, solve(vectors), damping=choice.damping, smallest=smallest,
+                    session, self._train, vectors, solution, damping=choice.damping, smallest=smallest,
+                    ranks=self._ranks,
                 )  # fmt: skip
                 rankings = bars.ranked(k)
                 train_losses = self._train_losses(session, sorted({known[0] for row in rankings for known in row}))
@@ -337,124 +380,208 @@ class SimpleInfluence(InfluenceInterpreter):
             self._close(session)
         return found
 
-    def self_influence(self) -> Tensor:
+    def plan(
+        self,
+        test_instances: Iterable[Any],
+        *,
+        ranks: Sequence[int] = (1,),
+        n: int | None = None,
+        tests: int | None = None,
+        together: int | None = None,
+        network: Network | None = None,
+    ) -> list[Plan]:
+        """Time, memory and traffic of `interpret_instances`, for several numbers of processes, from a short probe.
+
+        The probe takes some seconds: it reads a part of the training data and takes a few steps of each kind on this
+        machine, whose processes stand for all.
+
+        Args:
+            test_instances: A few, with their labels.
+            ranks: Numbers of processes.
+            n: Training instances; the default is as many as there are.
+            tests: Test instances; the default is as many as are given.
+            together: Test instances that are solved for together; the default is as many as this class would.
+            network: What connects the processes; the default is measured between those that share the work of this
+                call, or 1 GB/s and 50 microseconds if there is only this one.
+
+        Returns:
+            A `bridge.plan.Plan` for each of `ranks`.
+
+        Raises:
+            ValueError: If the steps are not known, because the solver chooses them, or a number is out of range.
+        """
+        n, wanted = len(self._train) if n is None else n, self.settings
+        given = self._listed("plan", test_instances)
+        tests = len(given) if tests is None else tests
+        for name, count in (("n", n), ("tests", tests), *(("ranks", count) for count in ranks)):
+            checks.count("plan", name, count)
+        if not len(given) or wanted.solver != "lissa" or wanted.steps is None or self._compat:
+            raise ValueError(
+                "`plan` needs a test instance, and solver='lissa' with recursion_depth=..., a number of steps, got "
+                f"{len(given)} test instances, solver={wanted.solver!r} and {wanted.steps} steps."
+            )
+        with self._session() as session:
+            K = min(tests, self._vectors_at_once(session), together or tests)
+            work = plan.Work(
+                n=n,
+                tests=tests,
+                together=K,
+                batch_size=wanted.batch_size,
+                steps=wanted.steps,
+                repeats=wanted.num_samples,
+                measured=self._measured(K, wanted.steps, n, all_of_them=bool(self._measure_residual)),
+                score_batch_size=self._score_batch_size,
+                ranks=1,
+            )
+            works = [work._replace(ranks=count) for count in ranks]
+            network = plan.network_of(self._ranks, network or Network())
+            rates = plan.measured(session, self._train, given, works)
+        return [
+            plan.predicted(work, measured, network, most_kept=MOST_KEPT)
+            for work, measured in zip(works, rates, strict=True)
+        ]
+
+    def self_influence(self, chosen: Sequence[int] | None = None) -> Tensor:
         """See `InfluenceInterpreter.self_influence`; with `solver="gauss-newton"`, all are solved for at once."""
         if self.settings.solver != gauss_newton.NAME:
-            return super().self_influence()
-        with self._session() as session:
+            return super().self_influence(chosen)
+        chosen = range(len(self._train)) if chosen is None else chosen
+
+        def of_all(_: Record) -> dict[str, Any]:
             found = gauss_newton.influence(session, self._train, None, damping=self.settings.damping)
-            self._solved_by_gauss_newton(session, found)
-            return found.self_influence.to(next(iter(session.model.params.values())).dtype).cpu()
+            return {"scores": found.self_influence.to(dtype), "known": self._known_of(found)}
+
+        with self._session() as session, self._recorded(session, "self_influence", None) as record:
+            dtype = next(iter(session.model.params.values())).dtype
+            found = self._heard(record.once("all", of_all))
+            self._close(session)
+        return found["scores"].cpu()[list(chosen)]
 
     # ------------------------------------------------------------------ the solve
 
-    def _scored(self, session: Session, tests: Rows) -> Iterator[tuple[Tensor, Iterator[tuple[list[int], Tensor]]]]:
+    def _scored(
+        self, session: Session, tests: Rows, reduction: Reduction, record: Record
+    ) -> Iterator[tuple[Tensor, Reduced]]:
         if self.settings.solver != gauss_newton.NAME or not len(tests):
-            yield from super()._scored(session, tests)
+            yield from super()._scored(session, tests, reduction, record)
             return
-        losses = session.losses("test", tests, range(len(tests)))
-        found = gauss_newton.influence(session, self._train, tests, damping=self.settings.damping)
-        self._solved_by_gauss_newton(session, found)
-        dtype = next(iter(session.model.params.values())).dtype
-        yield torch.tensor(list(losses.values())), iter([(list(range(len(self._train))), found.scores.to(dtype))])
 
-    def _solved_by_gauss_newton(self, session: Session, found: DualInfluence) -> None:
-        unknown = torch.full_like(found.cosine, torch.nan).cpu()
-        self._parts = [
-            Diagnostics(
-                solver=gauss_newton.NAME,
-                damping=found.damping,
-                scale=math.nan,
-                steps=1,
-                num_samples=1,
-                examples=len(self._train),
-                batch_size=len(self._train),
-                status=torch.full_like(unknown, Status.CONVERGED, dtype=torch.long),
-                relative_residual=found.relative_residual.cpu(),
-                cosine_with_gradient=found.cosine.cpu(),
-                correlation_with_plain=unknown,
-                largest_eigenvalue=math.nan,
-            )
-        ]
+        def of_all(_: Record) -> dict[str, Any]:
+            losses = session.losses("test", tests, range(len(tests)))
+            found = gauss_newton.influence(session, self._train, tests, damping=self.settings.damping)
+            scores = found.scores.to(next(iter(session.model.params.values())).dtype)
+            return {
+                "losses": torch.tensor(list(losses.values())),
+                "reduced": reduction.fold({}, range(len(self._train)), scores),
+                "known": self._known_of(found),
+            }
+
+        group = self._heard(record.once("all", of_all))
         self._close(session)
+        yield group["losses"], group["reduced"]
 
-    def _solver(self, session: Session) -> Solve:
-        _, solve = self._solutions(session, measure_all=bool(self._measure_residual))
-        return lambda vectors: solve(vectors).value
+    def _known_of(self, found: DualInfluence) -> dict[str, Any]:
+        unknown = torch.full_like(found.cosine, torch.nan).cpu()
+        return Diagnostics(
+            solver=gauss_newton.NAME,
+            damping=found.damping,
+            scale=math.nan,
+            steps=1,
+            num_samples=1,
+            examples=len(self._train),
+            batch_size=len(self._train),
+            status=torch.full_like(unknown, Status.CONVERGED, dtype=torch.long),
+            relative_residual=found.relative_residual.cpu(),
+            cosine_with_gradient=found.cosine.cpu(),
+            correlation_with_plain=unknown,
+            largest_eigenvalue=math.nan,
+        )._asdict()
 
-    def _solutions(self, session: Session, *, measure_all: bool) -> tuple[Choice, Callable[[Params], Solution]]:
-        """How it is solved, and the function that does: K stacked gradients to K judged solutions."""
-        self._parts = []
+    def _solver(self, session: Session, record: Record) -> Solve:
+        _, solve = self._solutions(session, record, measure_all=bool(self._measure_residual))
+
+        def solve_for_value(vectors: Params, part: Record) -> tuple[Params, Any]:
+            solution, known = solve(vectors, part)
+            return solution.value, known
+
+        return solve_for_value
+
+    def _solutions(
+        self, session: Session, record: Record, *, measure_all: bool
+    ) -> tuple[Choice, Callable[[Params, Record], tuple[Solution, dict[str, Any]]]]:
+        """How it is solved, and the function that does: K stacked gradients to K solutions, and what they are worth."""
         if self.settings.solver == gauss_newton.NAME:
             raise ValueError(
                 f"`SimpleInfluence(solver={gauss_newton.NAME!r})` finds scores without the solutions behind them: use "
                 "`interpret`, `scores` or `self_influence`, or another solver."
             )
-        choice = solving.choose(session, self._train, self.settings, seed=self._seed)
+        choice = solving.choose(session, self._train, self.settings, seed=self._seed, ranks=self._ranks, record=record)
         if choice.plan is None and choice.solver == "lissa":
-            solve_all = self._by_recursion(session, choice, measure_all)
+            solve_all = self._by_recursion(session, choice, measure_all, record)
         else:
             solve_all = solving.on_all_data(
-                session,
-                self._train,
-                choice,
-                size=session.rows_at_once(self._train, VECTORS),
-                rtol=self.settings.rtol,
-                seed=self._seed,
-            )
+                session, self._train, choice, size=session.rows_at_once(self._train, VECTORS),
+                rtol=self.settings.rtol, seed=self._seed, ranks=self._ranks,
+            )  # fmt: skip
 
-        def solve(vectors: Params) -> Solution:
-            solution = solve_all(vectors)
+        def solve(vectors: Params, part: Record) -> tuple[Solution, dict[str, Any]]:
+            solution = solve_all(vectors, part)
             worst = Status(int(solution.status.max()))
             if worst is Status.NOT_FINITE:
-                session.first_not_finite("training", self._train)
+                self._ranks.raise_first(partial(session.first_not_finite, "training", self._train, self._share))
             if worst.failed:
                 raise SolverError(report.failure_advice(worst, choice.solver, choice.damping, choice.scale), solution)
-            self._parts.append(self._judge(session, choice, vectors, solution))
-            return solution
+            return solution, self._judge(session, choice, vectors, solution)._asdict()
 
         return choice, solve
 
-    def _by_recursion(self, session: Session, choice: Choice, measure_all: bool) -> Callable[[Params], Solution]:
-        """AllenNLP's way: LiSSA on the next batches, the mean over runs, the last iterate of each."""
-        steps_alike = choice.steps if self._train.gathered else 0
-        solve_each = strategies.inverse_products(session.model, choice.damping, choice.scale, steps_alike=steps_alike)
+    def _hear(self, known: Any) -> None:
+        self._parts.append(report.from_plain(known))
+
+    def _settings_of_run(self) -> dict[str, str]:
+        return {
+            **{name: str(value) for name, value in self.settings._asdict().items()},
+            "seed": str(self._seed),
+            "measure_residual": str(self._measure_residual),
+        }
+
+    @contextmanager
+    def _recorded(self, session: Session, call: str, tests: Rows | None, **arguments: Any) -> Iterator[Record]:
+        self._parts = []
+        before = self._drawn
+        with super()._recorded(session, call, tests, batches_before=before, **arguments) as record:
+            yield record
+            # An earlier run may have drawn for what did not have to be solved for again; the next call goes on after.
+            self._next_batches(max(0, (record.get("drawn") or 0) - (self._drawn - before)))
+
+    def _by_recursion(
+        self, session: Session, choice: Choice, measure_all: bool, record: Record
+    ) -> Callable[[Params, Record], Solution]:
         drawn = None if self._compat else self._draw(choice.steps)
-        at_work: list[int] = []
+        record.note("drawn", choice.steps * self.settings.num_samples)
 
-        def solve(vectors: Params) -> Solution:
-            runs = self._draw(choice.steps) if drawn is None else drawn
-            with session.naming("training", self._train, at_work):
-                solutions = [solve_each(vectors, partial(self._batches, session, run, at_work)) for run in runs]
-            samples, value = {}, solutions[0].value
-            if len(runs) > 1:
-                samples = tree.map(lambda *t: torch.stack(t, 1), *(solution.value for solution in solutions))
-                value = tree.map(lambda t: t.mean(1), samples)
-            status = torch.stack([solution.status for solution in solutions]).amax(0)
-            residual = torch.full_like(solutions[0].relative_residual, torch.nan)
-            if measure_all or self._measure_residual is not False:
-                residual = measurements.relative_residuals(
-                    session, self._train, choice.damping, vectors, value,
-                    count=len(residual) if measure_all else self._worth_measuring(len(residual), choice.steps),
-                )  # fmt: skip
-            return solutions[0]._replace(value=value, status=status, relative_residual=residual, samples=samples)
+        def runs() -> list[recursion.Run]:
+            return self._draw(choice.steps) if drawn is None else drawn
 
-        return solve
+        def measured(vectors: int) -> int:
+            return self._measured(vectors, choice.steps, len(self._train), all_of_them=measure_all)
 
-    def _worth_measuring(self, vectors: int, steps: int) -> int:
+        return recursion.solver(session, self._train, choice, runs, measured=measured, ranks=self._ranks)
+
+    def _measured(self, vectors: int, steps: int, n: int, *, all_of_them: bool) -> int:
         """How many residuals: those whose products cost at most a quarter of the solve's, one at least; see class."""
+        if all_of_them or self._measure_residual is False:
+            return vectors if all_of_them else 0
         multiplied = vectors * steps * self.settings.batch_size * self.settings.num_samples
-        return min(vectors, max(1, multiplied // (4 * len(self._train))))
+        return min(vectors, max(1, multiplied // (4 * n)))
 
-    def _draw(self, steps: int) -> list[list[list[int]]]:
+    def _draw(self, steps: int) -> list[recursion.Run]:
         """The batches of each run, as indices: the next ones of passes that go on from call to call."""
-        return [list(itertools.islice(self._stream, steps)) for _ in range(self.settings.num_samples)]
+        return [self._next_batches(steps) for _ in range(self.settings.num_samples)]
 
-    def _batches(self, session: Session, run: list[list[int]], at_work: list[int]) -> Iterator[Any]:
-        """The batches of a run; `at_work` holds the indices of the latest, so that an error can be traced to it."""
-        for indices in progress.bar(run, description="LiSSA", show=self.progress):
-            at_work[:] = indices
-            yield session.batch(self._train, indices)
+    def _next_batches(self, count: int) -> recursion.Run:
+        self._drawn += count
+        return list(itertools.islice(self._stream, count))
 
     # ------------------------------------------------------------------ what it is worth
 
@@ -507,9 +634,9 @@ class SimpleInfluence(InfluenceInterpreter):
         self._compat_instances = found
         return names
 
-    def _train_scores(self, session: Session, ihvps: Params) -> Iterator[tuple[list[int], Tensor]]:
+    def _train_scores(self, session: Session, ihvps: Params, chosen: range) -> Iterator[tuple[list[int], Tensor]]:
         if self._compat_instances is None:
-            yield from super()._train_scores(session, ihvps)
+            yield from super()._train_scores(session, ihvps, chosen)
             return
         for i, instance in enumerate(self._compat_instances):
             gradient = dict(zip(ihvps, instance.grads, strict=True))

@@ -284,8 +284,7 @@ def inverse_products(
         lambda vectors, batches: solve_lissa_stacked(recorded, vectors, batches, **settings),
         lambda vectors, batches: solve_lissa_stacked(stacked, vectors, batches, **settings),
     )
-    bytes_of_one = sum(p.nbytes for p in model.params.values())
-    most = max(1, CACHE_BYTES // bytes_of_one) if model.device.type == "cpu" else stack_limit(model)
+    most = vectors_at_once(model)
 
     def in_chunks(vectors: Params, make: Callable[[], Iterable[Batch]]) -> Solution:
         K = length(vectors)
@@ -307,6 +306,12 @@ def inverse_products(
         return parts[0] if len(parts) == 1 else pytree.tree_map(lambda *t: torch.cat(t), *parts)
 
     return in_chunks
+
+
+def vectors_at_once(model: Functional) -> int:
+    """How many vectors LiSSA steps through together."""
+    bytes_of_one = sum(p.nbytes for p in model.params.values())
+    return max(1, CACHE_BYTES // bytes_of_one) if model.device.type == "cpu" else stack_limit(model)
 
 
 def product_of_each(loss_fn: LossFn, params: Params, batch: Batch, vectors: Params) -> Params:

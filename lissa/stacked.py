@@ -121,6 +121,7 @@ def solve_lissa_stacked(
     *,
     damping: float = 0.0,
     scale: float = 1.0,
+    state: LissaRun | None = None,
     throw: bool = True,
 ) -> Solution:
     """`x_k ~ (H + damping I)^-1 v_k` by `h_k <- v_k + h_k - (H_t h_k + damping h_k) / scale`, `x_k = h_k / scale`.
@@ -133,6 +134,8 @@ def solve_lissa_stacked(
         batches: One batch a step; each has equal weight.
         damping: In the units of `H`.
         scale: In the units of `H`. The step size is `1 / scale`; it never changes the answer.
+        state: `state` of the solution that an earlier call ended with; given the batches that come next, the result is
+            bit for bit that of one long call.
         throw: Whether a failure raises `SolverError`. If False, it is data: `status` names it, `value` is all NaN.
 
     Returns:
@@ -157,30 +160,35 @@ def solve_lissa_stacked(
     checks.params("solve_lissa_stacked", v, "v")
     checks.non_negative("solve_lissa_stacked", "damping", damping)
     checks.positive("solve_lissa_stacked", "scale", scale)
-    c = damping / scale
-    run, h = _start(v), tree.map(torch.clone, v)
+    first = 0 if state is None else host.largest(state.state.step)
+    run, c = state or _start(v), damping / scale
+    h = tree.map(torch.clone, run.state.h)
     target = tree.scale(1 / c, v) if c else v
     trace: list[Tensor] = []
     H_h: Params | None = None
     unseen = False  # whether nobody has looked at the residual of the latest step
-    for step, batch in enumerate(batches, start=1):
+    taken = first
+    for taken, batch in enumerate(batches, start=first + 1):
         del H_h  # its memory serves for the next
         H_h = _apart_from(h, matvec(batch, h))
-        if _is_look(step) or c > _MOST_DAMPED:
+        if _is_look(taken) or c > _MOST_DAMPED:
             residual = tree.map(lambda v, H_h, h: torch.sub(v, H_h, alpha=1 / scale).sub_(h, alpha=c), v, H_h, h)
             for k, t in h.items():
                 t.add_(residual[k])
-            run, unseen = _look(run, h, residual, step, trace), False
+            run, unseen = _look(run, h, residual, taken, trace), False
         else:
             for k, t in h.items():
                 _ = t.lerp_(target[k], c) if c else t.add_(v[k])  # h <- (1 - c) h + v
                 t.sub_(H_h[k], alpha=1 / scale)
             trace.append(torch.full_like(run.length, torch.nan))
             unseen = True
-        if step % CHECK_EVERY == 0 and not host.any_true(run.status == RUNNING):
+        if taken % CHECK_EVERY == 0 and not host.any_true(run.status == RUNNING):
             break
+    step = torch.where(run.status == RUNNING, taken, run.state.step)
+    end = run._replace(state=run.state._replace(h=h, step=step))  # without the look below, as one long call would be
     if unseen and H_h is not None:
-        run = _look(run, h, _residual_before(h, v, H_h, c, scale), len(trace), trace)
+        trace.pop()
+        run = _look(run, h, _residual_before(h, v, H_h, c, scale), taken, trace)
     solution = outcome.solution(
         {},
         status=run.status,
@@ -188,6 +196,7 @@ def solve_lissa_stacked(
         length=run.length,
         steps=run.state.step,
         trace=trace,
+        state=end,
         random=True,
     )
     solved = _of_rows(solution.status < Status.DIVERGED, h)
@@ -208,18 +217,17 @@ def _is_look(step: int) -> bool:
 
 
 def _start(v: Params) -> LissaRun:
-    """`h_0 = v`, as `lissa_init` has it; the iterate itself is kept apart."""
+    """`h_0 = v`, as `lissa_init` has it."""
     length = norms(v)
     none = torch.zeros_like(length, dtype=torch.int64)
     status = torch.where(length.isfinite(), none + RUNNING, none + Status.NOT_FINITE)
-    return LissaRun(LissaState({}, length, none), {}, status, length, rising=none, settled=none)
+    return LissaRun(LissaState(v, length, none), {}, status, length, rising=none, settled=none)
 
 
 def _look(run: LissaRun, h: Params, residual: Params, step: int, trace: list[Tensor]) -> LissaRun:
     """Judges the step to `h`; what has failed goes on, as its value is NaN in the end anyway, but keeps its record."""
     running = run.status == RUNNING
     residual_norm = norms(residual)
-    del trace[step - 1 :]
     trace.append(torch.where(running, residual_norm, torch.nan))
     judged = judge_step(run, residual_norm, norms(h), torch.full_like(run.state.step, step), rtol=None)
     kept = LissaState(

@@ -16,7 +16,7 @@ from benchmarks.accuracy.tasks import Task, fit
 from lissa import influence_scores, solve_tuned, tree
 
 
-def run(task: Task, subsets: int = 100, tests: int = 100) -> dict:
+def run(task: Task, subsets: int = 100, tests: int = 25) -> dict:
     chosen = torch.randperm(len(task.test[1]), generator=torch.Generator().manual_seed(0))[:tests]
     vectors = [task.gradient(int(i)) for i in chosen]
     scores = {

@@ -9,7 +9,8 @@ the spectrum here and the other runs of the grid there, is counted apart.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -34,13 +35,22 @@ LOOK = 1.02
 """The grid looks at the residual whenever the number of steps has grown by this factor."""
 
 
-class Curvature(NamedTuple):
+@dataclass(frozen=True)
+class Curvature:
     """The Gauss-Newton matrix of each example, `J_i^T D_i J_i`, by its factor `D_i^(1/2) J_i`, of shape `(n, C, P)`."""
 
     factors: Tensor
 
+    @cached_property
+    def mean(self) -> Tensor:
+        """The matrix of all data, for the many products with it."""
+        rows = self.factors.flatten(0, 1)
+        return rows.mT @ rows / len(self.factors)
+
     def __call__(self, index: Tensor, v: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The mean product over the examples `index`, for one flat vector or several."""
+        """The mean product over the examples `index`, each once, for one flat vector or several."""
+        if len(index) == len(self.factors):
+            return {"flat": v["flat"] @ self.mean}
         rows = self.factors[index].flatten(0, 1)
         return {"flat": (v["flat"] @ rows.mT) @ rows / len(index)}
 
@@ -162,8 +172,7 @@ def median(values: list[float]) -> float:
 
 def extremes(curvature: Curvature) -> tuple[float, float]:
     """The largest eigenvalue and the trace of the mean, exactly."""
-    rows = curvature.factors.flatten(0, 1) / math.sqrt(N)
-    return float(torch.linalg.matrix_norm(rows, 2) ** 2), float(rows.square().sum())
+    return float(torch.linalg.eigvalsh(curvature.mean)[-1]), float(curvature.mean.trace())
 
 
 def factors(problem: Problem) -> Tensor:

@@ -185,6 +185,35 @@ def test_ctrl_c_keeps_what_is_done_and_names_it(tmp_path, module, capsys, monkey
     assert not (tmp_path / "influence.csv").exists()
 
 
+def test_the_same_command_goes_on_where_it_was_interrupted(tmp_path, module, monkeypatch):
+    monkeypatch.setattr(run, "GROUP", 2)
+    kept = [*EXACT, "--checkpoint", str(tmp_path / "state"), "--checkpoint-every", "0"]
+    assert main(["run", "--model", "thejob:job", "--out", str(tmp_path / "whole"), *EXACT]) == 0
+    assert main(["run", "--model", "thejob:interrupted", "--out", str(tmp_path / "out"), *kept]) == 130
+    solved = []
+    plain = SimpleInfluence._solutions
+    monkeypatch.setattr(SimpleInfluence, "_solutions", lambda *args, **kw: solved.append(1) or plain(*args, **kw))
+    assert main(["run", "--model", "thejob:job", "--out", str(tmp_path / "out"), *kept]) == 0
+    assert len(solved) == 1  # the third group; the first two are there
+    files = [(tmp_path / out / "influence.csv").read_text() for out in ("whole", "out")]
+    assert files[0] == files[1]
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert "checkpoint_dir" not in settings["asked"]
+
+
+def test_self_goes_on_too_and_another_run_is_told_apart(tmp_path, module, monkeypatch, capsys):
+    monkeypatch.setattr(run, "SELF_GROUP", 10)
+    lissa = ["--solver", "lissa", "--ridge", "0.5", "--scale", "5", "--steps", "30", "--no-report", "--quiet"]
+    command = ["self", "--model", "thejob:job", "--checkpoint", str(tmp_path / "state"), *lissa]
+    files = []
+    for out in ("first", "again"):
+        assert main([*command, "--out", str(tmp_path / out)]) == 0
+        files.append((tmp_path / out / "self_influence.csv").read_text())
+    assert files[0] == files[1]
+    assert main([*command, "--out", str(tmp_path / "other"), "--seed", "1"]) == 3
+    assert "seed ('0', now '1')" in capsys.readouterr().err
+
+
 WAITING_JOB = """
 import time, torch
 from torch.utils.data import TensorDataset

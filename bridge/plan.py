@@ -1,0 +1,332 @@
+"""What a large run will cost: time, memory and traffic of each process, from a short measured probe.
+
+Knows what LiSSA and scoring do how often, and measures how long each takes here, on the model and data themselves;
+knows nothing of rankings. The parts, for K right-hand sides together, on one of R processes:
+
+    reading     n / R rows, once if they are kept in memory, else each time they are used
+    gradients   K / R test gradients
+    LiSSA       repeats * steps * (K products with the process's rows of a batch, and the sum over processes)
+    residual    n / R products of the right-hand sides that are measured
+    scoring     n / R rows, K scores each
+
+and that for each group of K out of all T test instances.
+"""
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import repeat
+from typing import Any, NamedTuple
+
+import torch
+
+from bridge import strategies
+from bridge.distributed import Ranks
+from bridge.rows import Rows
+from bridge.session import Session
+from lissa import Params, tree
+
+PROBE_SECONDS = 0.5
+"""A part is measured again until it has taken so long, or three times."""
+
+PROBE_ROWS = 2048
+"""Most training rows that are read for the probe; where a batch is larger, rows stand in for others."""
+
+BYTES_OF_INDEX = 40
+"""Of a row's number in the list of a run's batches: a Python int and its place in a list."""
+
+REDUCE_SAMPLE = 2**22
+"""Bytes that are summed over processes to see how fast that is."""
+
+
+class Work(NamedTuple):
+    """What is to be done.
+
+    Attributes:
+        n: Training instances.
+        tests: Test instances, T.
+        together: Test instances that are solved for together, K.
+        batch_size: Training instances a LiSSA step, of all processes.
+        steps: Of a LiSSA run.
+        repeats: LiSSA runs.
+        measured: Right-hand sides of a group whose residual on all the data is measured.
+        score_batch_size: Training instances scored together.
+        ranks: Processes, R.
+    """
+
+    n: int
+    tests: int
+    together: int
+    batch_size: int
+    steps: int
+    repeats: int
+    measured: int
+    score_batch_size: int
+    ranks: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of a batch that the process with the most has, on average over batches.
+
+        Rows fall into shares at random: of R binomial counts the largest is about `m + sqrt(2 m log R)`, `m = B / R`.
+        """
+        mean = self.batch_size / self.ranks
+        return max(1, round(min(self.batch_size, mean + math.sqrt(2 * mean * math.log(self.ranks)))))
+
+
+class Network(NamedTuple):
+    """What connects the processes.
+
+    Attributes:
+        bytes_per_second: That one process sends, and receives at the same time.
+        latency: Seconds before a message arrives.
+    """
+
+    bytes_per_second: float = 1e9
+    latency: float = 50e-6
+
+    def sum_seconds(self, size: int, ranks: int) -> float:
+        """Of a sum of `size` bytes over all by a ring: `2 (R - 1) / R` of it is sent, in `2 (R - 1)` messages."""
+        if ranks == 1:
+            return 0.0
+        return sent_by_sum(size, ranks) / self.bytes_per_second + 2 * (ranks - 1) * self.latency
+
+
+def sent_by_sum(size: int, ranks: int) -> float:
+    """Bytes that each process sends in a sum of `size` bytes over R of them by a ring."""
+    return 2 * (ranks - 1) / ranks * size
+
+
+class Rates(NamedTuple):
+    """What was measured, in seconds and bytes, on one process.
+
+    Attributes:
+        read: Seconds to read one training row and collate it.
+        draw: Seconds to draw one row of a batch.
+        step: Of one LiSSA step of a group, with this process's rows of a batch, kept in memory.
+        gradient: Of one test gradient.
+        product: Of the measured residual's products, a row.
+        score: Of the scores of a group, a row.
+        row_bytes: Of a collated row; 0 if rows are not kept, because they differ in shape.
+        vector_bytes: Of one vector, P numbers.
+        process_bytes: The most that the process held while all this was measured, its model and a group included.
+    """
+
+    read: float
+    draw: float
+    step: float
+    gradient: float
+    product: float
+    score: float
+    row_bytes: int
+    vector_bytes: int
+    process_bytes: int
+
+
+class Plan(NamedTuple):
+    """What each of `work.ranks` processes will need.
+
+    Attributes:
+        work: What is to be done.
+        seconds: By part; their sum is the time that the run takes.
+        memory: Bytes.
+        traffic: Bytes sent.
+    """
+
+    work: Work
+    seconds: dict[str, float]
+    memory: float
+    traffic: float
+
+    @property
+    def total_seconds(self) -> float:
+        """How long the run takes."""
+        return sum(self.seconds.values())
+
+
+def predicted(work: Work, rates: Rates, network: Network, *, most_kept: int) -> Plan:
+    """The plan, from what was measured: see the module for the parts.
+
+    Args:
+        work: What is to be done.
+        rates: Measured for `work.rows` rows of a batch and `work.together` right-hand sides.
+        network: What connects the processes.
+        most_kept: Bytes of rows that a process keeps in memory; more are read anew each time.
+
+    Example:
+        >>> work = Work(1000, 20, 10, 100, 50, 1, 1, 128, 1)
+        >>> rates = Rates(1e-5, 1e-8, 1e-3, 1e-3, 1e-5, 1e-4, 4, 400, 10**8)
+        >>> plan = predicted(work, rates, Network(), most_kept=10**6)
+        >>> [round(seconds, 4) for seconds in plan.seconds.values()], round(plan.total_seconds, 2)
+        ([0.01, 0.02, 0.1, 0.02, 0.2], 0.35)
+    """
+    share, groups = work.n / work.ranks, work.tests / work.together
+    kept = 0 < rates.row_bytes * share <= most_kept
+    runs = groups * work.repeats
+    anew = runs * work.steps * work.rows + groups * share * (2 if work.measured else 1)
+    drawn = work.repeats * work.steps * work.batch_size
+    vectors = work.together * rates.vector_bytes
+    sums = runs * work.steps + groups * bool(work.measured) + groups
+    seconds = {
+        "reading": (share if kept else anew) * rates.read + drawn * rates.draw,
+        "gradients": work.tests / work.ranks * rates.gradient,
+        "LiSSA": runs * work.steps * (rates.step + network.sum_seconds(vectors, work.ranks)),
+        "residual": groups * share * rates.product,
+        "scoring": groups * share * rates.score,
+    }
+    return Plan(
+        work,
+        seconds,
+        memory=rates.process_bytes
+        + (rates.row_bytes * share if kept else 0)
+        + 16 * work.n  # a pass's order, and one more while it is drawn
+        + BYTES_OF_INDEX * drawn,
+        traffic=sums * sent_by_sum(vectors, work.ranks),
+    )
+
+
+def measured(session: Session, train: Rows, tests: Rows, works: Sequence[Work]) -> list[Rates]:
+    """The rates for each of `works`, which differ in the number of processes alone.
+
+    Those of the most processes come first, whose batches are smallest: what a process held at most then says what it
+    needs for each.
+
+    Args:
+        session: Of a public call.
+        train: Training instances; the first `PROBE_ROWS` are read.
+        tests: Test instances; the first serve for all.
+        works: What is to be done.
+    """
+    held = range(min(len(train), PROBE_ROWS))
+    start = time.perf_counter()
+    train.gather(held)
+    if not train.kept_bytes:
+        train.batch(held)
+    read = (time.perf_counter() - start) / len(held)
+    one = works[0]
+    losses_at = [t % len(tests) for t in range(one.together)]
+    gradient = _seconds(lambda: session.gradients("test", tests, losses_at)) / one.together
+    vectors = session.gradients("test", tests, losses_at)[1]
+    score_rows = [i % len(held) for i in range(min(one.n, 4 * one.score_batch_size))]
+    scored = strategies.scores(session.model)
+
+    def score() -> None:
+        for _, stack in session.examples(train, size=one.score_batch_size, description="", chosen=score_rows):
+            scored(vectors, stack)
+
+    product = strategies.products(session.model)
+    some = tree.map(lambda t: t[: one.measured], vectors)
+    chunk = [i % len(held) for i in range(min(one.n, one.score_batch_size))]
+    per_product = 0.0
+    if one.measured:
+        per_product = _seconds(lambda: product(some, lambda: session.batch(train, chunk))) / len(chunk)
+    per_score = _seconds(score) / len(score_rows)
+    draw = _seconds(lambda: torch.randperm(10**6).tolist()) / 10**6
+    found = {}
+    for work in sorted(works, key=lambda work: -work.ranks):
+        step = _step_seconds(session, train, vectors, [i % len(held) for i in range(work.rows)])
+        vector_bytes = sum(p.nbytes for p in session.model.params.values())
+        found[work] = Rates(
+            read, draw, step, gradient, per_product, per_score, train.kept_bytes // max(1, len(held)), vector_bytes,
+            _held_bytes(session.model.device),
+        )  # fmt: skip
+    return [found[work] for work in works]
+
+
+def network_of(ranks: Ranks, otherwise: Network) -> Network:
+    """What was measured between these processes; `otherwise`, if there is but one."""
+    if ranks.size == 1:
+        return otherwise
+    small, large = ({"x": torch.zeros(size // 4)} for size in (4, REDUCE_SAMPLE))
+    latency = _seconds(lambda: ranks.sum(small), times=8) / (2 * (ranks.size - 1))
+    seconds = _seconds(lambda: ranks.sum(large), times=8) - 2 * (ranks.size - 1) * latency
+    measured = Network(sent_by_sum(REDUCE_SAMPLE, ranks.size) / max(seconds, 1e-9), latency)
+    return ranks.agreed(measured)
+
+
+def _step_seconds(session: Session, train: Rows, vectors: Params, rows: list[int]) -> float:
+    """Of one step, as the difference of two runs, so that what a run begins and ends with does not count."""
+    solve = strategies.inverse_products(session.model, damping=1.0, scale=1e6)  # which numbers does not matter
+
+    def steps(count: int) -> None:
+        solve(vectors, lambda: (session.batch(train, indices) for indices in repeat(rows, count)))
+
+    few, many = 2, 8
+    return max(0.0, (_seconds(partial(steps, many)) - _seconds(partial(steps, few))) / (many - few))
+
+
+def _seconds(call: Callable[[], Any], times: int = 3) -> float:
+    """The median of a few calls after a first."""
+    call()
+    taken: list[float] = []
+    while len(taken) < times or (sum(taken) < PROBE_SECONDS and len(taken) < 5 * times):
+        start = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+        if sum(taken) > 4 * PROBE_SECONDS:
+            break
+    return sorted(taken)[len(taken) // 2]
+
+
+def _held_bytes(device: torch.device) -> int:
+    """The most memory that was held at once: the GPU's, or the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def in_words(plans: Sequence[Plan], *, memory: float | None = None, seconds: float | None = None) -> str:
+    """A table of the plans, and which of them fits with the fewest processes.
+
+    Args:
+        plans: For several numbers of processes.
+        memory: Bytes that a process may hold.
+        seconds: That the run may take.
+    """
+    lines = [
+        f"{'processes':>9} {'time':>10} {'memory each':>12} {'sent each':>12}   where the time goes",
+    ]
+    for plan in plans:
+        total = plan.total_seconds
+        parts = ", ".join(f"{name} {part / total:.0%}" for name, part in plan.seconds.items() if part >= 0.005 * total)
+        lines.append(
+            f"{plan.work.ranks:>9} {duration(total):>10} {size_in_words(plan.memory):>12} "
+            f"{size_in_words(plan.traffic):>12}   {parts}"
+        )
+    if memory is not None or seconds is not None:
+        fits = [
+            plan
+            for plan in plans
+            if plan.memory <= (memory or math.inf) and plan.total_seconds <= (seconds or math.inf)
+        ]
+        wanted = " and ".join(
+            [f"{size_in_words(memory)} each"] * (memory is not None) + [f"{duration(seconds)}"] * (seconds is not None)
+        )
+        best = min(fits, key=lambda plan: plan.work.ranks, default=None)
+        lines.append(
+            f"Within {wanted}: {best.work.ranks} processes do." if best else f"None of these is within {wanted}."
+        )
+    return "\n".join(lines)
+
+
+def duration(seconds: float | None) -> str:
+    """In the unit that suits: 12.3 s, 4.5 min, 3.2 h, 1.5 days."""
+    value = seconds or 0.0
+    for limit, divisor, unit in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
+        if value < limit:
+            return f"{value / divisor:.3g} {unit}"
+    return f"{value / 86400:.3g} days"
+
+
+def size_in_words(size: float | None) -> str:
+    """In units of 1000: 1.2 GB."""
+    value, units = size or 0.0, ["B", "kB", "MB", "GB", "TB", "PB"]
+    while value >= 999.5 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.3g} {units[0]}"
