@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lissa import LissaState, Status, choose_settings, lissa_update, solve_tuned, tree
+from lissa.kernels import twice_differentiable
 from lissa.sampling import index_stream
 from tests.problems import ZOO, Problem, random_vector
 
@@ -176,19 +177,37 @@ def extremes(curvature: Curvature) -> tuple[float, float]:
 
 
 def factors(problem: Problem) -> Tensor:
-    """`D_i^(1/2) J_i`, by one backward pass for each output of each example; plain autograd takes every model."""
-    leaves = {k: p.clone().requires_grad_() for k, p in problem.params.items()}
-    outputs = problem.output_fn(leaves, problem.batch)
-
-    def row(output: Tensor) -> Tensor:
-        gradients = torch.autograd.grad(output, list(leaves.values()), retain_graph=True, materialize_grads=True)
-        return torch.cat([g.to_dense().flatten() for g in gradients])
-
-    J = torch.stack([row(output) for output in outputs.flatten()]).reshape(*outputs.shape, -1)
-    p = torch.softmax(outputs.detach(), -1)
+    """`D_i^(1/2) J_i`, of shape `(n, outputs of an example, P)`."""
+    outputs = problem.output_fn(problem.params, problem.batch).detach()
+    J = jacobians(problem, outputs)
+    p = torch.softmax(outputs, -1)
     D = torch.diag_embed(p) - p[..., :, None] * p[..., None, :]
     values, vectors = torch.linalg.eigh(D)
     roots = vectors * values.clamp_min(0).sqrt()[..., None, :]
     # An example with several logits (a sequence) has the mean of their losses.
     per_example = math.prod(outputs.shape[1:-1])
     return (roots.mT @ J).reshape(len(outputs), -1, J.shape[-1]) / math.sqrt(per_example)
+
+
+def jacobians(problem: Problem, outputs: Tensor) -> Tensor:
+    """`(*outputs.shape, P)`: by vmap over examples if the model takes it, else by a backward pass for each output."""
+
+    def of_one(params: dict[str, Tensor], example: tuple[Tensor, ...]) -> Tensor:
+        return problem.output_fn(params, tuple(t.unsqueeze(0) for t in example)).squeeze(0)
+
+    try:
+        with twice_differentiable():
+            together = torch.vmap(of_one, in_dims=(None, 0))(problem.params, problem.batch)
+            if torch.allclose(together, outputs):  # not so where examples share a branch
+                J = torch.vmap(torch.func.jacrev(of_one), in_dims=(None, 0))(problem.params, problem.batch)
+                return torch.cat([t.flatten(outputs.ndim) for t in J.values()], -1)
+    except RuntimeError:  # packed sequences, sparse gradients, branches on the data
+        pass
+    leaves = {k: p.clone().requires_grad_() for k, p in problem.params.items()}
+
+    def row(output: Tensor) -> Tensor:
+        gradients = torch.autograd.grad(output, list(leaves.values()), retain_graph=True, materialize_grads=True)
+        return torch.cat([g.to_dense().flatten() for g in gradients])
+
+    J = torch.stack([row(output) for output in problem.output_fn(leaves, problem.batch).flatten()])
+    return J.reshape(*outputs.shape, -1)
