@@ -46,7 +46,6 @@ def error_bars(
     *,
     damping: float,
     smallest: float,
-    size: int,
     ranks: Ranks,
 ) -> ErrorBars:
     """The scores of K stacked solutions, with their standard errors, bounds and settled places.
@@ -58,7 +57,6 @@ def error_bars(
         solution: Of K right-hand sides; `relative_residual` on all the data, `samples` `(K, R, *shape)` if any.
         damping: That of the solve.
         smallest: A lower bound of the Hessian's eigenvalues.
-        size: Training instances at a time.
         ranks: Who share the work.
     """
     K = strategies.length(solution.value)
@@ -66,6 +64,10 @@ def error_bars(
     ihvps = tree.map(lambda t: t.flatten(0, 1), solution.samples) if solution.samples else solution.value
     score, losses_and_gradients = strategies.scores(session.model), strategies.losses_and_gradients(session.model)
     dtype = next(iter(vectors.values())).dtype
+    size = max(
+        1,
+        min(session.rows_at_once(train, 1), strategies.stack_limit(session.model) // tree.numel(session.model.params)),
+    )
     scores, norms = torch.zeros(K * repeats, len(train), dtype=dtype), torch.zeros(len(train), dtype=dtype)
     share = ranks.share(len(train))
     for indices, stack in session.examples(train, size=size, description="scoring", chosen=share):

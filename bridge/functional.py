@@ -40,6 +40,7 @@ class Functional(NamedTuple):
         device: Where batches must be.
         output_fn: `output_fn(params, batch) -> (B, m)`, what that loss is a function of; see `bridge.output_space`.
         output_loss_fn: `output_loss_fn(outputs, batch) -> ()`, so that it is `loss_fn` of `output_fn`.
+        max_memory: Bytes that work with these functions may take, beside model and data; None: a sensible amount.
     """
 
     params: Params
@@ -47,6 +48,7 @@ class Functional(NamedTuple):
     device: torch.device
     output_fn: OutputFn
     output_loss_fn: OutputLossFn
+    max_memory: int | None = None
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from bridge import distributed, fingerprint, progress, recording, scoring, settings, strategies
+from bridge import distributed, fingerprint, npy, progress, recording, scoring, settings, strategies
 from bridge.archives import FromArchive
 from bridge.checkpoint import Directory, Record
 from bridge.data import (
@@ -30,16 +30,16 @@ from bridge.distributed import Ranks
 from bridge.functional import OutputLoss, evaluation, functional, unused
 from bridge.outputs import BothEnds, InstanceInfluence, InstanceWithGrads, InterpretOutput
 from bridge.recording import Keeping
-from bridge.rows import Rows
-from bridge.scoring import Columns, Reduced, Reduction, TopK
+from bridge.rows import MOST_KEPT, Rows
+from bridge.scoring import Columns, Reduced, Reduction, TopK, Written
 from bridge.session import Session, check_finite
 from lissa import Params, checks, tree
 
 CHECKPOINT_EVERY = 300.0
 """Seconds between two states of a long run, unless told otherwise."""
 
-SCORE_BATCH_SIZE = 128
-"""Training examples scored together unless told otherwise."""
+SCORE_BATCH_SIZE = 1024
+"""Most training examples held together for scoring unless told otherwise."""
 
 SELF_BATCH_SIZE = 512
 """Most training examples whose self-influence is solved for together."""
@@ -68,7 +68,10 @@ class InfluenceInterpreter(FromArchive):
         loss_fn: `loss_fn(model(x), y) -> ()`, the mean loss, for instances that are `(x, y)` pairs.
         collate_fn: Makes a batch of a list of instances.
         progress: Whether work that takes more than a second shows a bar.
-        score_batch_size: Training examples scored together.
+        score_batch_size: Most training examples held together while scores or residuals are computed; fewer where a
+            pass over them would keep more than 16 million numbers.
+        max_memory: About how many bytes the work of a call may take beside the model, the instances and the results.
+            The default holds up to 512 MiB of right-hand sides a few times over. What does not fit is done in parts.
         checkpoint_dir: Where each call keeps its state, so that a run that was killed, made again with the same
             arguments and calls, goes on: on the same machine, threads and number of processes to the same bits. What
             the call solves and scores is kept; `train_instances` and other properties are not. A state of another
@@ -104,6 +107,7 @@ class InfluenceInterpreter(FromArchive):
         collate_fn: CollateFn | None = None,
         progress: bool = True,
         score_batch_size: int = SCORE_BATCH_SIZE,
+        max_memory: int | None = None,
         checkpoint_dir: str | Path | None = None,
         checkpoint_every: float = CHECKPOINT_EVERY,
         process_group: Any = "all",
@@ -112,6 +116,8 @@ class InfluenceInterpreter(FromArchive):
         self._candidates = settings.trainable_names(call, model, params_to_freeze)
         self.device = settings.device_of(call, cuda_device, model)
         checks.count(call, "score_batch_size", score_batch_size)
+        if max_memory is not None:
+            checks.count(call, "max_memory", max_memory)
         checks.non_negative(call, "checkpoint_every", checkpoint_every)
         distributed.check_whole(call, model)
         for name, value in (("loss_fn", loss_fn), ("collate_fn", collate_fn)):
@@ -130,14 +136,16 @@ class InfluenceInterpreter(FromArchive):
         self._train_digest: str | None = None
         self._loss_fn = loss_fn
         self._score_batch_size = score_batch_size
+        self._max_memory = max_memory
         self._collate = partial(collate, vocab=self.vocab, collate_fn=collate_fn)
         self._test_reader = test_dataset_reader or train_dataset_reader
         self._test_loader = test_data_loader
         self._used_names: list[str] | None = None
         self._scan_batch_size = 1
         self._rows = partial(
-            Rows, collate=self._collate, device=self.device, vocab=self.vocab, pads=collate_fn is not None
-        )
+            Rows, collate=self._collate, device=self.device, vocab=self.vocab, pads=collate_fn is not None,
+            most_bytes=MOST_KEPT if max_memory is None else max_memory // 4,
+        )  # fmt: skip
         self._train = self._rows(self._read(train_data_loader, train_dataset_reader, train_data_path))
         if not len(self._train):
             raise ValueError(f"`{call}`: no training instances in {_shown(train_data_path)}.")
@@ -182,6 +190,33 @@ class InfluenceInterpreter(FromArchive):
                 for losses, columns in self._scored(session, tests, Columns(), record)
             ]
         return torch.cat(blocks) if blocks else torch.zeros(0, n)
+
+    def scores_to_file(self, test_instances: Iterable[Any], path: str | Path) -> None:
+        """All scores into a `.npy` file, shape `(T, n)`, as they come: neither T n scores nor n gradients are held.
+
+        A checkpoint keeps nothing of this call: the file is made anew.
+
+        Read it with `numpy.load(path, mmap_mode="r")`. The file appears when it is complete.
+
+        Args:
+            test_instances: With their labels.
+            path: Where to write; what is there is replaced.
+
+        Raises:
+            ValueError: As `scores` does, if there are no test instances, or several processes share the work.
+            lissa.SolverError: If the solve fails.
+        """
+        tests = self._listed("scores_to_file", test_instances)
+        if not len(tests):
+            raise ValueError("`scores_to_file(test_instances=...)` must hold at least one instance.")
+        if self._ranks.size > 1:
+            raise ValueError("`scores_to_file` writes what one process scores: pass process_group=None.")
+        with self._session() as session:
+            dtype = next(iter(session.model.params.values())).dtype
+            with npy.being_written(Path(path), (len(tests), len(self._train)), dtype) as rows:
+                written = Written(rows)
+                for losses, _ in self._scored(session, tests, written, Record()):
+                    written.start += len(losses)
 
     def inverse_hvps(self, test_instances: Iterable[Any]) -> Params:
         """`(H + damping I)^-1 grad_test` of each test instance, stacked: tensors of shape `(T, *shape)`."""
@@ -270,7 +305,7 @@ class InfluenceInterpreter(FromArchive):
 
     def _vectors_at_once(self, session: Session) -> int:
         """Most right-hand sides held at a time."""
-        return max(1, strategies.STACK_LIMIT // tree.numel(session.model.params))
+        return max(1, strategies.stack_limit(session.model) // tree.numel(session.model.params))
 
     def _find_used(self, session: Session) -> list[str]:
         """Of the parameters of `session.model`, the names of those that training uses."""
@@ -288,9 +323,8 @@ class InfluenceInterpreter(FromArchive):
     def _train_scores(self, session: Session, ihvps: Params, chosen: range) -> Iterator[tuple[list[int], Tensor]]:
         """Indices of some of the chosen training instances and their scores, shape `(K, B)`, until all had a turn."""
         score = strategies.scores(session.model)
-        for indices, stack in session.examples(
-            self._train, size=self._score_batch_size, description="scoring", chosen=chosen
-        ):
+        size = session.rows_at_once(self._train, vectors=1)  # `lissa` cuts these as its method needs it
+        for indices, stack in session.examples(self._train, size=size, description="scoring", chosen=chosen):
             with session.naming("training", self._train, indices):
                 scores = score(ihvps, stack)
             check_finite("score", "training", indices, scores)
@@ -461,7 +495,8 @@ class InfluenceInterpreter(FromArchive):
 
             def session(names: list[str]) -> Session:
                 model = functional(module, names, output_loss=self._loss_fn, device=self.device)
-                return Session(model, self._collate, self.progress)
+                model = model._replace(max_memory=self._max_memory)
+                return Session(model, self._collate, self.progress, rows=self._score_batch_size)
 
             if self._used_names is None:
                 self._used_names = self._find_used(session(self._candidates))

@@ -4,16 +4,16 @@ Knows a session's instances and `lissa`'s products; knows nothing of how `x` was
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import lissa
 from bridge import progress, strategies
 from bridge.distributed import Ranks
 from bridge.session import Session
-from lissa import Params, estimate_spectrum, hvp, tree
+from lissa import Params, tree
 from lissa.stacked import norms as stacked_norms
 
 SAMPLE = 64
@@ -27,7 +27,6 @@ def relative_residuals(
     vectors: Params,
     ihvps: Params,
     *,
-    size: int,
     count: int,
     ranks: Ranks,
 ) -> Tensor:
@@ -37,7 +36,7 @@ def relative_residuals(
     """
     found = torch.full_like(stacked_norms(vectors), torch.nan)
     vectors, ihvps = (tree.map(lambda t: t[:count], x) for x in (vectors, ihvps))
-    damped = tree.add_scaled(_product(session, train, ihvps, size, ranks), damping, ihvps)
+    damped = tree.add_scaled(_product(session, train, ihvps, ranks), damping, ihvps)
     found[:count] = (stacked_norms(tree.sub(vectors, damped)) / stacked_norms(vectors)).nan_to_num(0.0)
     return found
 
@@ -49,17 +48,15 @@ def cosines(vectors: Params, ihvps: Params) -> Tensor:
 
 
 def largest_eigenvalue(session: Session, train: Sequence[Any], *, seed: int) -> float:
-    """The largest eigenvalue of the Hessian on a sample of the training data, from below, by ten products."""
+    """The largest eigenvalue of the Hessian on a sample of the training data, from below, by eight products."""
     chosen = _sample(len(train), seed)
     batch = session.batch(train, chosen)
-    matvec = partial(hvp, session.model.loss_fn, session.model.params, batch)
+    matvec = strategies.linearised_product(session.model, batch)
     generator = torch.Generator().manual_seed(seed)
-    return float(estimate_spectrum(matvec, session.model.params, generator=generator, steps=8, probes=2).largest)
+    return float(lissa.largest_eigenvalue(matvec, session.model.params, generator=generator))
 
 
-def correlations(
-    session: Session, train: Sequence[Any], vectors: Params, ihvps: Params, *, size: int, seed: int
-) -> Tensor:
+def correlations(session: Session, train: Sequence[Any], vectors: Params, ihvps: Params, *, seed: int) -> Tensor:
     """Pearson correlation, over a sample of the training data, of scores with plain gradient products, shape `(K,)`.
 
     NaN where the sample's scores do not vary.
@@ -68,24 +65,38 @@ def correlations(
     score = strategies.scores(session.model)
     both = tree.map(lambda v, x: torch.cat([v, x]), vectors, ihvps)
     parts = [
-        score(both, stack) for _, stack in session.examples(train, size=size, description="sampling", chosen=chosen)
+        score(both, stack)
+        for _, stack in session.examples(train, size=session.rows or SAMPLE, description="sampling", chosen=chosen)
     ]
     plain, scores = torch.cat(parts, dim=1).double().chunk(2)
     plain, scores = (s - s.mean(1, keepdim=True) for s in (plain, scores))
     return (plain * scores).sum(1) / (plain.norm(dim=1) * scores.norm(dim=1))
 
 
-def _product(session: Session, train: Sequence[Any], vectors: Params, size: int, ranks: Ranks) -> Params:
+def _product(session: Session, train: Sequence[Any], vectors: Params, ranks: Ranks) -> Params:
     """`H v` on all training data for K stacked vectors, in batches weighted by their size, each rank on its share."""
     n, share = len(train), ranks.share(len(train))
     product = strategies.products(session.model)
     total = tree.zeros_like(vectors)
+    size = session.rows_at_once(train, strategies.length(vectors))
+
+    def add(indices: Sequence[int]) -> None:
+        try:
+            with session.naming("training", train, indices):
+                batch = session.batch(train, indices)
+                part = product(vectors, lambda: batch)
+            for k, t in part.items():
+                total[k].add_(t, alpha=len(indices) / n)
+        except (RuntimeError, MemoryError) as error:
+            if len(indices) == 1 or not strategies.is_out_of_memory(error):
+                raise
+            half = len(indices) // 2
+            add(indices[:half])
+            add(indices[half:])
+
     starts = progress.bar(range(share.start, share.stop, size), description="measuring the residual", show=session.show)
     for start in starts:
-        indices = list(range(start, min(start + size, share.stop)))
-        with session.naming("training", train, indices):
-            batch = session.batch(train, indices)
-            total = tree.add_scaled(total, len(indices) / n, product(vectors, lambda batch=batch: batch))
+        add(list(range(start, min(start + size, share.stop))))
     return ranks.sum(total)
 
 

@@ -224,16 +224,17 @@ def measured(
     gradient = _seconds(lambda: session.gradients("test", tests, few), firsts=firsts) / len(few)
     gradients = session.gradients("test", tests, few)[1]
     vectors = tree.map(lambda t: t[_cycled(few, one.together)], gradients)
-    score_rows = held[: 4 * one.score_batch_size]
+    at_once = session.rows_at_once(train, 1)
+    score_rows = held[: 4 * at_once]
     scored = strategies.scores(session.model)
 
     def score() -> None:
-        for _, stack in session.examples(train, size=one.score_batch_size, description="", chosen=score_rows):
+        for _, stack in session.examples(train, size=at_once, description="", chosen=score_rows):
             scored(vectors, stack)
 
     product = strategies.products(session.model)
     some = tree.map(lambda t: t[: one.measured], vectors)
-    chunk = _cycled(held, min(one.n, one.score_batch_size))
+    chunk = _cycled(held, min(one.n, session.rows_at_once(train, max(1, one.measured))))
     per_product = 0.0
     if one.measured:
         per_product = _seconds(lambda: product(some, lambda: session.batch(train, chunk)), firsts=firsts) / len(chunk)
@@ -245,7 +246,7 @@ def measured(
             step = _shared_step_seconds(session, train, vectors, work.rows, ranks)
             step = max(0.0, step - network.sum_seconds(sum(t.nbytes for t in vectors.values()), ranks.size))
         else:
-            step = _step_seconds(session, train, vectors, _cycled(held, work.rows))
+            step = _step_seconds(session, train, vectors, _cycled(held, work.rows), work.steps)
         found[work] = Rates(
             start=sum(firsts),
             read=read,
@@ -272,14 +273,15 @@ def network_of(ranks: Ranks, otherwise: Network) -> Network:
     return ranks.agreed(measured)
 
 
-def _step_seconds(session: Session, train: Rows, vectors: Params, rows: list[int]) -> float:
+def _step_seconds(session: Session, train: Rows, vectors: Params, rows: list[int], steps_of_run: int) -> float:
     """Of one step, as the difference of two runs, so that what a run begins and ends with does not count."""
-    solve = strategies.inverse_products(session.model, damping=1.0, scale=1e6)  # which numbers does not matter
+    alike = steps_of_run if train.gathered else 0
+    solve = strategies.inverse_products(session.model, 1.0, 1e6, steps_alike=alike)  # which numbers does not matter
 
     def steps(count: int) -> None:
         solve(vectors, lambda: (session.batch(train, indices) for indices in repeat(rows, count)))
 
-    few, many = 2, 8
+    few, many = 16, 32  # one look at the residual, as in any 16 steps of a long run
     return max(0.0, (_seconds(partial(steps, many)) - _seconds(partial(steps, few))) / (many - few))
 
 
@@ -290,12 +292,10 @@ def _shared_step_seconds(session: Session, train: Rows, vectors: Params, rows: i
     choice = Choice("lissa", damping=1.0, scale=1e6, steps=0, batch_size=len(batch))
 
     def steps(count: int) -> None:
-        solve = recursion.solver(
-            session, train, choice, lambda: [[batch] * count], measured=lambda _: 0, size=1, ranks=ranks
-        )
+        solve = recursion.solver(session, train, choice, lambda: [[batch] * count], measured=lambda _: 0, ranks=ranks)
         solve(vectors, Record())
 
-    few, many = 2, 8
+    few, many = 16, 32
     return max(0.0, (_seconds(partial(steps, many), ranks) - _seconds(partial(steps, few), ranks)) / (many - few))
 
 

@@ -29,7 +29,6 @@ def solver(
     runs: Callable[[], list[Run]],
     *,
     measured: Callable[[int], int],
-    size: int,
     ranks: Ranks,
 ) -> Callable[[Params, Record], Solution]:
     """`K stacked v -> K solutions`, with the residual on all the data of as many as `measured(K)`; NaN for the others.
@@ -40,10 +39,10 @@ def solver(
         choice: Damping and scale.
         runs: The batches of each run, for one call of the solver.
         measured: How many of K residuals are worth their cost.
-        size: Instances that a product on all the data takes at a time.
         ranks: Who share the work.
     """
-    at_once = strategies.inverse_products(session.model, choice.damping, choice.scale)
+    steps_alike = choice.steps if train.gathered else 0
+    at_once = strategies.inverse_products(session.model, choice.damping, choice.scale, steps_alike=steps_alike)
     in_pieces = _in_pieces(session, train, choice, ranks)
     at_work: list[int] = []
 
@@ -53,18 +52,18 @@ def solver(
         else:
             with session.naming("training", train, at_work):
                 solutions = [at_once(vectors, partial(_batches, session, train, run, at_work)) for run in runs()]
-        samples = tree.map(lambda *t: torch.stack(t, 1), *(solution.value for solution in solutions))
-        value = tree.map(lambda t: t.mean(1), samples)
+        samples, value = {}, solutions[0].value
+        if len(solutions) > 1:
+            samples = tree.map(lambda *t: torch.stack(t, 1), *(solution.value for solution in solutions))
+            value = tree.map(lambda t: t.mean(1), samples)
         status = torch.stack([solution.status for solution in solutions]).amax(0)
         residual = torch.full_like(solutions[0].relative_residual, torch.nan)
         count = measured(len(residual))
         if count:
             residual = measurements.relative_residuals(
-                session, train, choice.damping, vectors, value, size=size, count=count, ranks=ranks
+                session, train, choice.damping, vectors, value, count=count, ranks=ranks
             )
-        return solutions[0]._replace(
-            value=value, status=status, relative_residual=residual, samples=samples if len(solutions) > 1 else {}
-        )
+        return solutions[0]._replace(value=value, status=status, relative_residual=residual, samples=samples)
 
     return solve
 

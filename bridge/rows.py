@@ -73,6 +73,11 @@ class Rows(Sequence[Any]):
             return take(self._gathered, torch.as_tensor(indices) - self._held.start)
         return to_device(self._collate([self._instances[i] for i in indices]), self._device)
 
+    @property
+    def gathered(self) -> bool:
+        """Whether instances are held as one batch: they then have the same shapes."""
+        return self._gathered is not None
+
     def gather(self, share: range | None = None) -> None:
         """Collates all instances, or those of `share`, once, for those who will need them all, if that is possible."""
         if self._gathered is None and not self._pads:

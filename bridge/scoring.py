@@ -4,6 +4,7 @@ Knows scores, blocks of instances, and how parts of a result join; knows nothing
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -93,6 +94,24 @@ class Columns(NamedTuple):
         for indices, scores in zip(columns["indices"], columns["scores"], strict=True):
             found[:, indices] = scores.cpu()
         return found
+
+
+@dataclass
+class Written:
+    """All scores, written into the rows of a matrix from `start` on; nothing else is kept."""
+
+    rows: Tensor
+    start: int = 0
+
+    def fold(self, so_far: Reduced, indices: Sequence[int], scores: Tensor) -> Reduced:
+        """See `Reduction`."""
+        block = self.rows[self.start : self.start + len(scores)]
+        block[:, torch.tensor(indices)] = scores.cpu().to(block.dtype)
+        return so_far
+
+    def join(self, parts: list[Reduced]) -> Reduced:
+        """See `Reduction`."""
+        return {}
 
 
 def reduced(

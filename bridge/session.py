@@ -28,11 +28,20 @@ class Session:
         model: The model as functions of the parameters in use.
         collate: Makes a batch of a list of instances.
         show: Whether long work shows a progress bar.
+        rows: Most training instances to take at a time, if the caller said so.
     """
 
     model: Functional
     collate: Callable[[list[Any]], Batch]
     show: bool
+    rows: int | None = None
+
+    def rows_at_once(self, instances: Sequence[Any], vectors: int) -> int:
+        """How many instances, like the first, go into one batch for a product with so many vectors."""
+        with self.naming("training", instances, [0]):
+            first = self.batch(instances, [0])
+        most = strategies.rows_at_once(self.model, first, vectors)
+        return most if self.rows is None else min(most, self.rows)
 
     def batch(self, instances: Sequence[Any], indices: Iterable[int]) -> Batch:
         """One batch of the instances `indices`, on the device."""

@@ -33,6 +33,9 @@ from bridge.session import Session
 from bridge.solving import Choice
 from lissa import DualInfluence, Params, Solution, SolverError, Status, checks, index_stream, tree
 
+VECTORS = 16
+"""Right-hand sides that solvers on all the data are expected to multiply by together."""
+
 MOST_CORRELATED = 8
 """Right-hand sides whose scores are compared with plain gradient products, for a warning."""
 
@@ -78,6 +81,7 @@ class SimpleInfluence(InfluenceInterpreter):
             each test instance.
         progress: See `InfluenceInterpreter`.
         score_batch_size: See `InfluenceInterpreter`.
+        max_memory: See `InfluenceInterpreter`.
         measure_residual: Whether to measure the residual on the full training data after each LiSSA solve, which costs
             a Hessian-vector product of each training instance and takes the loss to be a mean over the batch. The
             default measures those of the first test instances: as many as add a quarter to the solve's cost, one at
@@ -131,6 +135,7 @@ class SimpleInfluence(InfluenceInterpreter):
         compat: str | None = None,
         progress: bool = True,
         score_batch_size: int = SCORE_BATCH_SIZE,
+        max_memory: int | None = None,
         measure_residual: bool | None = None,
         checkpoint_dir: str | Path | None = None,
         checkpoint_every: float = CHECKPOINT_EVERY,
@@ -172,6 +177,7 @@ class SimpleInfluence(InfluenceInterpreter):
             collate_fn=collate_fn,
             progress=progress,
             score_batch_size=score_batch_size,
+            max_memory=max_memory,
             checkpoint_dir=checkpoint_dir,
             checkpoint_every=checkpoint_every,
             process_group=process_group,
@@ -216,6 +222,7 @@ class SimpleInfluence(InfluenceInterpreter):
         compat: str | None = None,
         progress: bool = True,
         score_batch_size: int = SCORE_BATCH_SIZE,
+        max_memory: int | None = None,
         measure_residual: bool | None = None,
         checkpoint_dir: str | Path | None = None,
         checkpoint_every: float = CHECKPOINT_EVERY,
@@ -242,6 +249,7 @@ class SimpleInfluence(InfluenceInterpreter):
             compat: See the class.
             progress: See the class.
             score_batch_size: See the class.
+            max_memory: See the class.
             measure_residual: See the class.
             checkpoint_dir: See the class.
             checkpoint_every: See the class.
@@ -275,6 +283,7 @@ class SimpleInfluence(InfluenceInterpreter):
             compat=compat,
             progress=progress,
             score_batch_size=score_batch_size,
+            max_memory=max_memory,
             measure_residual=measure_residual,
             checkpoint_dir=checkpoint_dir,
             checkpoint_every=checkpoint_every,
@@ -359,7 +368,7 @@ class SimpleInfluence(InfluenceInterpreter):
                 self._hear(known)
                 bars = error_bars(
                     session, self._train, vectors, solution, damping=choice.damping, smallest=smallest,
-                    size=self._score_batch_size, ranks=self._ranks,
+                    ranks=self._ranks,
                 )  # fmt: skip
                 rankings = bars.ranked(k)
                 train_losses = self._train_losses(session, sorted({known[0] for row in rankings for known in row}))
@@ -511,8 +520,8 @@ class SimpleInfluence(InfluenceInterpreter):
             solve_all = self._by_recursion(session, choice, measure_all, record)
         else:
             solve_all = solving.on_all_data(
-                session, self._train, choice, size=self._score_batch_size, rtol=self.settings.rtol, seed=self._seed,
-                ranks=self._ranks,
+                session, self._train, choice, size=session.rows_at_once(self._train, VECTORS),
+                rtol=self.settings.rtol, seed=self._seed, ranks=self._ranks,
             )  # fmt: skip
 
         def solve(vectors: Params, part: Record) -> tuple[Solution, dict[str, Any]]:
@@ -557,9 +566,7 @@ class SimpleInfluence(InfluenceInterpreter):
         def measured(vectors: int) -> int:
             return self._measured(vectors, choice.steps, len(self._train), all_of_them=measure_all)
 
-        return recursion.solver(
-            session, self._train, choice, runs, measured=measured, size=self._score_batch_size, ranks=self._ranks
-        )
+        return recursion.solver(session, self._train, choice, runs, measured=measured, ranks=self._ranks)
 
     def _measured(self, vectors: int, steps: int, n: int, *, all_of_them: bool) -> int:
         """How many residuals: those whose products cost at most a quarter of the solve's, one at least; see class."""
@@ -584,9 +591,7 @@ class SimpleInfluence(InfluenceInterpreter):
         plain = (cosine >= report.PLAIN_GRADIENT).nonzero()[:MOST_CORRELATED, 0]
         if len(plain):
             v, x = (tree.map(lambda t: t[plain], stack) for stack in (vectors, solution.value))
-            correlation[plain] = measurements.correlations(
-                session, self._train, v, x, size=self._score_batch_size, seed=self._seed
-            )
+            correlation[plain] = measurements.correlations(session, self._train, v, x, seed=self._seed)
         return Diagnostics(
             solver=choice.solver,
             damping=choice.damping,

@@ -17,30 +17,52 @@ from torch.utils import _pytree as pytree
 from bridge.functional import Functional, example_losses, loss_and_gradient, rows_of
 from lissa import (
     Batch,
+    LossFn,
     Params,
     Solution,
     SolverError,
     hvp,
     influence_scores,
+    scoring_plan,
     solve_lissa,
     solve_lissa_stacked,
     stacked_hvp,
+    take,
+    traced,
     tree,
 )
+from lissa.scoring import ScoringPlan, forward_work
+from lissa.stacked import linearised_stacked_hvp
 
 logger = logging.getLogger(__name__)
 
 STACK_LIMIT = 2**27
 """Most numbers in one stack of vectors or gradients (512 MiB in float32)."""
 
-VECTORS_AT_ONCE = 16
-"""Most vectors pushed forward through a model together where gradients of a whole batch would not fit."""
+NUMBERS_AT_ONCE = 2**24
+"""Most numbers that a forward and backward pass over a batch of training instances keeps (64 MiB in float32)."""
+
+
+def stack_limit(model: Functional) -> int:
+    """Most numbers in one stack of vectors or gradients: an eighth of the memory, as a few are held at a time."""
+    return STACK_LIMIT if model.max_memory is None else max(1, model.max_memory // itemsize(model) // 8)
+
+
+def pass_limit(model: Functional) -> int:
+    """Most numbers that one pass over a batch keeps: an eighth of the memory."""
+    return min(NUMBERS_AT_ONCE, stack_limit(model))
+
+
+def itemsize(model: Functional) -> int:
+    """Bytes of a number."""
+    return next(iter(model.params.values())).element_size()
 
 
 def first_that_runs(task: str, *ways: Callable[..., Any]) -> Callable[..., Any]:
     """`ways[0]` with `ways[1]`, ... to fall back on: the first that runs is used from then on.
 
-    If none runs, the error is that of the last, the simplest. A `SolverError` is an answer, not a refusal.
+    If none runs, the error is that of the last, the simplest. A `SolverError` is an answer, not a refusal, and neither
+    is it one to run out of memory.
 
     Example:
         >>> def refuses(x):
@@ -59,6 +81,8 @@ def first_that_runs(task: str, *ways: Callable[..., Any]) -> Callable[..., Any]:
             except SolverError:
                 raise
             except Exception as error:
+                if is_out_of_memory(error):
+                    raise
                 refusal = refusal or error
         else:
             way = open_ways[-1]
@@ -72,26 +96,88 @@ def first_that_runs(task: str, *ways: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def scores(model: Functional) -> Callable[[Params, Batch], Tensor]:
-    """`score(ihvps, stack) -> (K, B)`: `+ grad_i . ihvp_k` for each row i of a stack of one-example batches."""
+    """`score(ihvps, stack) -> (K, B)`: `+ grad_i . ihvp_k` for each row i of a stack of one-example batches.
+
+    Where memory does not suffice for the stack, for halves of it.
+    """
     losses = example_losses(model.loss_fn)
-    P = tree.numel(model.params)
+    gradients_at_once = max(1, stack_limit(model) // tree.numel(model.params))
+    numbers = None if model.max_memory is None else max(1, stack_limit(model) // 4)
+    plans: dict[tuple[int, int], ScoringPlan] = {}
 
     def at_once(ihvps: Params, stack: Batch) -> Tensor:
-        if length(stack) * P <= STACK_LIMIT:
-            return influence_scores(losses, model.params, ihvps, stack)
-        return influence_scores(losses, model.params, ihvps, stack, method="jvp", chunk_size=VECTORS_AT_ONCE)
+        kind = length(ihvps), (numbers_in(stack) // length(stack)).bit_length()  # up to twice as long is alike
+        if kind not in plans:
+            plans[kind] = scoring_plan(
+                losses, model.params, stack, length(ihvps), examples=ROWS_AT_ONCE, numbers=numbers
+            )
+        return influence_scores(losses, model.params, ihvps, stack, method=plans[kind])
 
     def by_gradients(ihvps: Params, stack: Batch) -> Tensor:
-        return influence_scores(losses, model.params, ihvps, stack, method="per-example-gradients")
+        method, chunk_size = "per-example-gradients", gradients_at_once
+        return influence_scores(losses, model.params, ihvps, stack, method=method, chunk_size=chunk_size)
+
+    def flat(t: Tensor) -> Tensor:
+        return t.reshape(len(t), t[0].numel())
 
     def one_by_one(ihvps: Params, stack: Batch) -> Tensor:
-        def score(row: Batch) -> Tensor:
-            gradient = loss_and_gradient(model.loss_fn, model.params, row)[1]
-            return torch.vmap(tree.vdot, in_dims=(0, None))(ihvps, gradient)
+        found = [loss_and_gradient(model.loss_fn, model.params, row)[1] for row in rows(stack)]
+        gradients = stack_vectors(found)
+        products = [(flat(gradients[k]) @ flat(x).mT).mT for k, x in ihvps.items()]
+        return torch.stack(products).sum(0)
 
-        return torch.stack([score(row) for row in rows(stack)], dim=1)
+    def a_few_at_a_time(ihvps: Params, stack: Batch) -> Tensor:
+        size = max(1, min(gradients_at_once, NUMBERS_AT_ONCE // tree.numel(model.params)))
+        parts = [slice(start, start + size) for start in range(0, length(stack), size)]
+        return torch.cat([one_by_one(ihvps, take(stack, part)) for part in parts], dim=1)
 
-    return first_that_runs("scores", at_once, by_gradients, one_by_one)
+    return first_that_runs("scores", *map(in_halves, (at_once, by_gradients)), a_few_at_a_time)
+
+
+def in_halves(fn: Callable[[Params, Batch], Tensor]) -> Callable[[Params, Batch], Tensor]:
+    """`fn(vectors, stack) -> (K, B)`, on halves of the stack, and halves of those, where memory does not suffice.
+
+    Example:
+        >>> def of_two_at_most(vectors, stack):
+        ...     if len(stack) > 2:
+        ...         raise torch.OutOfMemoryError("too many")
+        ...     return stack.unsqueeze(0)
+        >>> in_halves(of_two_at_most)({}, torch.arange(5))
+        tensor([[0, 1, 2, 3, 4]])
+    """
+
+    def run(vectors: Params, stack: Batch) -> Tensor:
+        try:
+            return fn(vectors, stack)
+        except (RuntimeError, MemoryError) as error:
+            n = length(stack)
+            if n == 1 or not is_out_of_memory(error):
+                raise
+        logger.warning("Out of memory for %d examples: going on with %d at a time.", n, -(-n // 2))
+        halves = (slice(0, -(-n // 2)), slice(-(-n // 2), n))
+        return torch.cat([run(vectors, take(stack, half)) for half in halves], dim=-1)
+
+    return run
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that memory ran out: torch has a class for that on accelerators only."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def rows_at_once(model: Functional, example: Batch, vectors: int) -> int:
+    """How many instances, like the one in the batch `example`, go into one product with so many vectors."""
+    try:
+        work = forward_work(model.loss_fn, model.params, example)
+    except Exception as error:  # whoever needs the loss of the example will hear of it
+        logger.debug("Cannot count the work of an example: %s", error)
+        return ROWS_UNPLANNED
+    numbers = numbers_in(example) + work.written + 2 * vectors * work.largest
+    return max(1, min(ROWS_AT_ONCE, pass_limit(model) // max(1, numbers)))
+
+
+ROWS_AT_ONCE, ROWS_UNPLANNED = 1024, 128
+"""Most rows in one product, and how many where an example's work cannot be counted."""
 
 
 def losses_and_gradients(model: Functional) -> Callable[[Batch], tuple[Tensor, Params]]:
@@ -158,12 +244,30 @@ def products(model: Functional) -> Callable[[Params, Callable[[], Batch]], Param
     )
 
 
+def linearised_product(model: Functional, batch: Batch) -> Callable[[Params], Params]:
+    """`v -> H v` at one batch, with the gradient's graph built once, unless the model has no second derivative."""
+
+    def at_once(v: Params) -> Params:
+        graph.append(linearised_stacked_hvp(model.loss_fn, model.params, batch)) if not graph else None
+        return tree.map(lambda t: t[0], graph[0](tree.map(lambda t: t.unsqueeze(0), v)))
+
+    graph: list[Callable[[Params], Params]] = []
+    return first_that_runs("Hessian-vector products", at_once, lambda v: hvp(model.loss_fn, model.params, batch, v))
+
+
 def inverse_products(
-    model: Functional, damping: float, scale: float
+    model: Functional, damping: float, scale: float, *, steps_alike: int = 0
 ) -> Callable[[Params, Callable[[], Iterable[Batch]]], Solution]:
     """`(v_1, ..., v_K), make -> (H + damping I)^-1 v_k` by LiSSA on the batches that `make` makes, stacked.
 
     On a CPU, a few vectors at a time, so that what a step passes over stays in the cache.
+
+    Args:
+        model: The model.
+        damping: In the units of the Hessian.
+        scale: In the units of the Hessian.
+        steps_alike: Steps on batches of one or two shapes, if all batches are. Of many steps, the product is recorded
+            and replayed.
     """
     settings = {"damping": damping, "scale": scale, "throw": False}
     matvec = partial(hvp, model.loss_fn, model.params)
@@ -173,14 +277,32 @@ def inverse_products(
         lambda v, batches: solve_lissa(matvec, v, batches, **settings),
         lambda vectors, batches: solve_lissa_stacked(stacked, vectors, batches, **settings),
     )
-    size = vectors_at_once(model)
+    recorded = traced(partial(product_of_each, model.loss_fn, model.params))
+    solve_recorded = for_each_vector(
+        "inverse Hessian-vector products, recorded",
+        lambda v, batches: solve_lissa(matvec, v, batches, **settings),
+        lambda vectors, batches: solve_lissa_stacked(recorded, vectors, batches, **settings),
+        lambda vectors, batches: solve_lissa_stacked(stacked, vectors, batches, **settings),
+    )
+    most = vectors_at_once(model)
 
     def in_chunks(vectors: Params, make: Callable[[], Iterable[Batch]]) -> Solution:
         K = length(vectors)
-        parts = [
-            solve({name: t[k : k + size] for name, t in vectors.items()}, make)._replace(state=())
-            for k in range(0, K, size)
-        ]
+        chunks = -(-K // most)
+        size = -(-K // chunks)  # all about as large
+        solve_some = solve_recorded if steps_alike * chunks >= MANY_STEPS else solve
+        parts: list[Solution] = []
+        start = 0
+        while start < K:
+            try:
+                some = {name: t[start : start + size] for name, t in vectors.items()}
+                parts.append(solve_some(some, make)._replace(state=()))
+                start += size
+            except (RuntimeError, MemoryError) as error:
+                if size == 1 or not is_out_of_memory(error):
+                    raise
+                size = -(-size // 2)
+                logger.warning("Out of memory: going on with %d right-hand sides at a time.", size)
         return parts[0] if len(parts) == 1 else pytree.tree_map(lambda *t: torch.cat(t), *parts)
 
     return in_chunks
@@ -189,8 +311,17 @@ def inverse_products(
 def vectors_at_once(model: Functional) -> int:
     """How many vectors LiSSA steps through together."""
     bytes_of_one = sum(p.nbytes for p in model.params.values())
-    return max(1, CACHE_BYTES // bytes_of_one) if model.device.type == "cpu" else STACK_LIMIT
+    return max(1, CACHE_BYTES // bytes_of_one) if model.device.type == "cpu" else stack_limit(model)
 
+
+def product_of_each(loss_fn: LossFn, params: Params, batch: Batch, vectors: Params) -> Params:
+    """`H v_k` of K stacked vectors by `torch.func` alone, which a recording takes."""
+    of_one = partial(hvp, loss_fn, params, batch, mode="reverse-over-reverse")
+    return torch.vmap(of_one)(vectors)
+
+
+MANY_STEPS = 500
+"""Steps from which on a recording of the product pays: it takes 50 to 200 ms and saves about 0.3 ms a step."""
 
 CACHE_BYTES = 2**23
 """The size of a stack of vectors that LiSSA steps through at a time on a CPU: several such fit into a shared cache."""
@@ -207,6 +338,11 @@ def rows(stack: Any) -> list[Any]:
         pytree.tree_map(lambda leaf: leaf[i] if isinstance(leaf, Tensor) else leaf, stack)  # noqa: B023
         for i in range(length(stack))
     ]
+
+
+def numbers_in(stack: Any) -> int:
+    """How many numbers the tensors in `stack` hold."""
+    return sum(leaf.numel() for leaf in pytree.tree_leaves(stack) if isinstance(leaf, Tensor))
 
 
 def length(stack: Any) -> int:

@@ -17,7 +17,7 @@ from lissa.hvp import (
     hvp_reverse_over_forward,
     hvp_reverse_over_reverse,
 )
-from lissa.influence import influence_scores, per_example_gradients
+from lissa.influence import influence_scores, per_example_gradients, scoring_plan
 from lissa.leave_one_out import leave_one_out_scores
 from lissa.operators import mean_matvec
 from lissa.preconditioners import diagonal_preconditioner, nystroem_preconditioner
@@ -25,7 +25,7 @@ from lissa.ranking import Ranking, ranking_init, ranking_update
 from lissa.recursion import LissaRun, LissaState, lissa_init, lissa_update, solve_lissa
 from lissa.sampling import batch_stream, index_stream, take
 from lissa.solvers import dense_matrix, solve_cg, solve_dense, solve_minres
-from lissa.spectrum import Spectrum, batch_noise, estimate_spectrum
+from lissa.spectrum import Spectrum, batch_noise, estimate_spectrum, largest_eigenvalue
 from lissa.stacked import solve_lissa_stacked, stacked_hvp
 from lissa.svrg import solve_svrg
 from lissa.tracing import compiled, traced
@@ -73,6 +73,7 @@ __all__ = [
     "hvp_reverse_over_reverse",
     "index_stream",
     "influence_scores",
+    "largest_eigenvalue",
     "least_damping",
     "leave_one_out_scores",
     "linearised_hvp",
@@ -86,6 +87,7 @@ __all__ = [
     "ranking_update",
     "score_bound",
     "score_interval",
+    "scoring_plan",
     "settled_places",
     "solve_cg",
     "solve_dense",

@@ -4,6 +4,7 @@ Positive = helpful: removing example i raises the test loss by about `score_i / 
 knows nothing of how the `ihvp` was solved for.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -12,13 +13,13 @@ from torch.func import grad, jvp
 from torch.utils import _pytree as pytree
 
 from lissa import checks, sampling, tree
+from lissa.scoring import ScoringPlan, forward_work, plan_scoring
 from lissa.types import Batch, ExampleLossFn, Params
 
 METHODS = ("auto", "jvp", "per-example-gradients")
 
-JVP_LIMIT = 16
-"""More vectors than this are scored by per-example gradients. Where the two methods cross depends on the model: on one
-CPU thread they did at 8 vectors for softmax regression (P = 7,850) and at 100 for a network with P = 85,000."""
+VECTORS_UNPLANNED = 16
+"""Where no plan can be made (in a compiler), more vectors than this are scored by per-example gradients."""
 
 
 def influence_scores(
@@ -27,7 +28,7 @@ def influence_scores(
     ihvp: Params,
     batch: Batch,
     *,
-    method: str = "auto",
+    method: str | ScoringPlan = "auto",
     chunk_size: int | None = None,
 ) -> Tensor:
     """`score_i = + grad_i . ihvp`, with `ihvp = (H + damping I)^-1 grad_test`, for each example i of the batch.
@@ -43,7 +44,8 @@ def influence_scores(
         method: `"jvp"`: one forward-mode pass a vector, nothing stored per example; any batch.
             `"per-example-gradients"`: B gradients by vmap, then one matrix product for all K vectors; the tensors of
             the batch must share their first dimension, and the loss of an example must depend on that example alone.
-            `"auto"`: per-example gradients for more than `JVP_LIMIT` vectors where the batch allows it, else jvp.
+            `"auto"`: the one that `scoring_plan` expects to be faster, with its chunks of examples; jvp where the batch
+            cannot be cut into examples. Or such a plan, made once for many batches.
         chunk_size: Bounds the memory: at most so many vectors (jvp) or examples (gradients) at a time.
 
     Returns:
@@ -64,7 +66,8 @@ def influence_scores(
 
     Source: P. W. Koh and P. Liang, Understanding black-box predictions via influence functions, ICML 2017, eq. 2.
     """
-    checks.one_of("influence_scores", "method", method, METHODS)
+    if not isinstance(method, ScoringPlan):
+        checks.one_of("influence_scores", "method", method, METHODS)
     if chunk_size is not None:
         checks.count("influence_scores", "chunk_size", chunk_size)
     checks.params("influence_scores", params)
@@ -73,8 +76,18 @@ def influence_scores(
     example_loss = _example_loss_of_params(example_loss_fn, batch)
 
     if method == "auto":
-        many = stacked and next(iter(ihvp.values())).shape[0] > JVP_LIMIT
-        method = "per-example-gradients" if many and _has_rows(batch) else "jvp"
+        K = next(iter(ihvp.values())).shape[0] if stacked else 1
+        if not _has_rows(batch):
+            method = "jvp"
+        elif torch.compiler.is_compiling():
+            method = "jvp" if K <= VECTORS_UNPLANNED else "per-example-gradients"
+        else:
+            method = scoring_plan(example_loss_fn, params, batch, K)
+    if isinstance(method, ScoringPlan):
+        if chunk_size is None:
+            score = functools.partial(influence_scores, example_loss_fn, params, ihvp, method=method.method)
+            return torch.cat([score(part) for part in _cut(batch, method.chunk_size)], dim=-1)
+        method = method.method
     if method == "jvp":
 
         def directional(ihvp: Params) -> Tensor:
@@ -84,9 +97,41 @@ def influence_scores(
 
     gradients = per_example_gradients(example_loss_fn, params, batch, chunk_size=chunk_size)
     vectors = ihvp if stacked else tree.map(lambda t: t.unsqueeze(0), ihvp)
-    products = [_rows(vectors[k]) @ _rows(gradients[k]).mT for k in params]
+    products = [(_rows(gradients[k]) @ _rows(vectors[k]).mT).mT for k in params]  # faster so for few vectors
     scores = torch.stack(products).sum(0)
     return scores if stacked else scores.squeeze(0)
+
+
+def scoring_plan(
+    example_loss_fn: ExampleLossFn,
+    params: Params,
+    batch: Batch,
+    vectors: int,
+    *,
+    examples: int | None = None,
+    numbers: int | None = None,
+) -> ScoringPlan:
+    """How to score batches like this one, by `lissa.scoring.plan_scoring`, from what its first example takes.
+
+    Args:
+        example_loss_fn: See `influence_scores`.
+        params: See `influence_scores`.
+        batch: Tensors that share their first dimension.
+        vectors: How many are stacked.
+        examples: How many there will be to score; the default is those of the batch.
+        numbers: Most numbers in one tensor of a chunk.
+
+    Returns:
+        The plan; `influence_scores(..., method=plan)` follows it.
+
+    Raises:
+        ValueError: If the tensors of the batch do not share their first dimension.
+    """
+    n = sampling.batch_length("scoring_plan", batch)
+    work = forward_work(example_loss_fn, params, sampling.take(batch, slice(0, 1)))
+    device = next(iter(params.values())).device.type
+    P = tree.numel(params)
+    return plan_scoring(work, examples=examples or n, vectors=vectors, parameters=P, device=device, numbers=numbers)
 
 
 def per_example_gradients(
@@ -119,6 +164,11 @@ def per_example_gradients(
 
     in_dims = pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, batch)
     return torch.vmap(grad(loss_of_one), in_dims=(None, in_dims), chunk_size=chunk_size)(params, batch)
+
+
+def _cut(batch: Batch, size: int) -> list[Batch]:
+    n = sampling.batch_length("influence_scores", batch)
+    return [sampling.take(batch, slice(i, i + size)) for i in range(0, n, size)] if n > size else [batch]
 
 
 def _rows(stack: Tensor) -> Tensor:

@@ -65,6 +65,8 @@ def ranking_update(ranking: Ranking, scores: Tensor, indices: Tensor, *, k: int)
     def best(old_scores: Tensor, old_indices: Tensor, descending: bool) -> tuple[Tensor, Tensor]:
         all_scores = torch.cat([old_scores, scores], -1)
         all_indices = torch.cat([old_indices, indices], -1)
+        if all_scores.shape[-1] > SORTED_WHOLE * k > 0:
+            all_scores, all_indices = _first_best(all_scores, all_indices, k, descending)
         ranked, order = all_scores.sort(dim=-1, descending=descending, stable=True)
         return ranked[..., :k], all_indices.gather(-1, order)[..., :k]
 
@@ -72,3 +74,17 @@ def ranking_update(ranking: Ranking, scores: Tensor, indices: Tensor, *, k: int)
         *best(ranking.helpful_scores, ranking.helpful_indices, descending=True),
         *best(ranking.harmful_scores, ranking.harmful_indices, descending=False),
     )
+
+
+SORTED_WHOLE = 4
+"""Rows of up to this many times k scores are sorted as they are; of longer ones the k best are picked out first."""
+
+
+def _first_best(scores: Tensor, indices: Tensor, k: int, descending: bool) -> tuple[Tensor, Tensor]:
+    """The k best of each row in order of arrival: all that beat the k-th best, and the first of those that equal it."""
+    last = scores.topk(k, dim=-1, largest=descending, sorted=True).values[..., -1:]
+    better, equal = (scores > last) if descending else (scores < last), scores == last
+    room = k - better.sum(-1, keepdim=True)
+    kept = better | (equal & (equal.cumsum(-1) <= room))
+    shape = (*scores.shape[:-1], k)
+    return scores[kept].reshape(shape), indices[kept].reshape(shape)

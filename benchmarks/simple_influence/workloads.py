@@ -38,6 +38,13 @@ class Workload(NamedTuple):
     data: Any
     """All training instances as one batch of tensors, where they can be one, for the same tools."""
 
+    def double(self) -> "Workload":
+        """The same model and instances in float64, for exact comparisons."""
+        instances = {path: [_double(one) for one in self.reader.read(path)] for path in ("train", "test")}
+        model = copy.deepcopy(self.model).double()
+        data = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in self.data.items()}
+        return Workload(model, InMemory(**instances), loss_of(model), data)
+
     @property
     def train(self) -> list[Instance]:
         return self.reader.read("train")
@@ -56,6 +63,19 @@ class InMemory(DatasetReader):
 
     def read(self, file_path: Any) -> Any:
         return list(self.instances[file_path])
+
+
+def _double(instance: Instance) -> Instance:
+    """With its arrays in float64; what has none is itself."""
+    fields = {
+        name: ArrayField(field.array.astype("float64"), dtype=field.array.astype("float64").dtype)
+        if isinstance(field, ArrayField)
+        else field
+        for name, field in instance.fields.items()
+    }
+    double = Instance(fields)
+    double.indexed = instance.indexed
+    return double
 
 
 class Classifier(Model):

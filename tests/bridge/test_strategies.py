@@ -129,3 +129,74 @@ def lissa_closed_form(A, v, scale, steps):
     for _ in range(steps):
         h = v + M @ h
     return h / scale
+
+
+def test_out_of_memory_halves_the_stack_until_it_fits():
+    seen = []
+
+    def of_three_at_most(vectors, stack):
+        seen.append(len(stack))
+        if len(stack) > 3:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+        return stack.unsqueeze(0) * vectors["x"]
+
+    got = strategies.in_halves(of_three_at_most)({"x": torch.tensor([[2], [3]])}, torch.arange(7))
+    assert got.tolist() == [[0, 2, 4, 6, 8, 10, 12], [0, 3, 6, 9, 12, 15, 18]]
+    assert seen == [7, 4, 2, 2, 3]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_an_example_that_does_not_fit_alone_is_an_error_and_so_is_anything_else(error):
+    def fails(vectors, stack):
+        raise error
+
+    def refuses(vectors, stack):
+        raise RuntimeError("no such rule")
+
+    with pytest.raises(type(error)):
+        strategies.in_halves(fails)({}, torch.arange(2))
+    with pytest.raises(RuntimeError, match="no such rule"):
+        strategies.in_halves(refuses)({}, torch.arange(2))
+
+
+@pytest.mark.parametrize("steps_alike", [0, strategies.MANY_STEPS])
+def test_recorded_and_plain_products_solve_the_same(steps_alike, monkeypatch):
+    monkeypatch.setattr(strategies, "CACHE_BYTES", 2 * 6 * 8)  # two vectors at a time
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(12, 6, generator=generator, dtype=torch.float64)
+
+    def loss_fn(params, x):
+        return (x @ params["w"]).cosh().log().mean()
+
+    params = {"w": torch.randn(6, generator=generator, dtype=torch.float64)}
+    model = Functional(params, loss_fn, torch.device("cpu"), loss_fn, loss_fn)
+    solve = strategies.inverse_products(model, 0.1, 20.0, steps_alike=steps_alike)
+    vectors = {"w": torch.randn(5, 6, generator=generator, dtype=torch.float64)}
+    got = solve(vectors, lambda: [x[i : i + 4] for i in range(0, 12, 4)] * 3)
+
+    h = vectors["w"].clone()
+    for i in [0, 4, 8] * 3:
+        H = torch.func.hessian(lambda w, i=i: loss_fn({"w": w}, x[i : i + 4]))(params["w"])
+        h = vectors["w"] + h - (h @ H + 0.1 * h) / 20.0
+    torch.testing.assert_close(got.value["w"], h / 20.0, rtol=1e-12, atol=0)
+    assert got.residual_norm.shape == (5,)
+
+
+def test_right_hand_sides_that_do_not_fit_together_are_solved_for_in_smaller_groups(monkeypatch):
+    def two_at_most(vectors, batches):
+        if len(vectors["w"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return solve(matvec, vectors, batches, damping=0.0, scale=4.0)
+
+    def matvec(batch, vectors):
+        return {"w": batch * vectors["w"]}
+
+    solve = strategies.solve_lissa_stacked
+    monkeypatch.setattr(
+        strategies, "solve_lissa_stacked", lambda matvec, v, batches, **settings: two_at_most(v, batches)
+    )
+    model = Functional({"w": torch.ones(3)}, None, torch.device("cpu"), None, None)
+    vectors = {"w": torch.arange(15.0).reshape(5, 3)}
+    got = strategies.inverse_products(model, 0.0, 4.0)(vectors, lambda: [torch.full((3,), 2.0)] * 60)
+    torch.testing.assert_close(got.value["w"], vectors["w"] / 2)
+    assert got.status.shape == (5,)

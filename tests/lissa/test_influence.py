@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lissa import hvp, influence_scores, per_example_gradients, tree
-from lissa.influence import JVP_LIMIT
 from tests.oracles import dense_gradients, dense_hessian, flatten, unflatten
 
 
@@ -48,7 +47,7 @@ def test_scores_are_gradients_times_ihvp(method, chunk_size):
 
 
 @pytest.mark.parametrize("method", ["auto", "jvp", "per-example-gradients"])
-@pytest.mark.parametrize("k", [1, 3, JVP_LIMIT + 1])
+@pytest.mark.parametrize("k", [1, 3, 20])
 @pytest.mark.parametrize("chunk_size", [None, 2])
 def test_k_vectors_give_k_rows(method, k, chunk_size):
     params, batch, generator = problem()
@@ -86,7 +85,7 @@ def test_scores_do_not_depend_on_the_order_or_the_cut_of_the_examples():
 def test_auto_scores_a_batch_without_rows():
     """A batch is any object: where it cannot be cut into examples, `auto` needs no cut."""
     params, (x, y), generator = problem()
-    ihvps = stacked_vectors(params, JVP_LIMIT + 1, generator)
+    ihvps = stacked_vectors(params, 20, generator)
 
     class Custom:
         inputs, labels = x, y

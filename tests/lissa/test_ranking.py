@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from lissa import ranking_init, ranking_update
 
 
-@given(st.lists(st.integers(-5, 5), min_size=1, max_size=30), st.integers(0, 12), st.integers(1, 7), st.integers(1, 3))
+@given(st.lists(st.integers(-5, 5), min_size=1, max_size=30), st.integers(0, 12), st.integers(1, 30), st.integers(1, 3))
 def test_ranking_equals_sorting_all_scores_however_they_are_cut(values, k, cut, columns):
     # Few distinct values, so that ties are common.
     scores = (

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from lissa import batch_noise, estimate_spectrum, hvp, mean_matvec, tree
+from lissa import batch_noise, estimate_spectrum, hvp, largest_eigenvalue, mean_matvec, tree
 from lissa.sampling import take
 from tests.oracles import dense_hessian
 from tests.problems import mlp
@@ -65,6 +65,29 @@ def test_all_steps_give_the_exact_spectrum():
         assert abs(float(got) - expected) <= 1e-10
     assert found.trace_error == 0
     assert found.products == 12
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_the_largest_eigenvalue_alone_is_that_of_lanczos_with_orthogonal_vectors(name):
+    matrix = matrix_of(SPECTRA[name])
+    like = {"w": torch.zeros(len(matrix), dtype=matrix.dtype)}
+
+    def largest(steps):
+        generator = torch.Generator().manual_seed(0)
+        return float(largest_eigenvalue(lambda v: {"w": matrix @ v["w"]}, like, generator=generator, steps=steps))
+
+    # Eight steps lose no orthogonality but to rounding; the two starts are the same draw.
+    assert largest(8) == pytest.approx(float(estimate(matrix, steps=8, probes=2).largest), rel=1e-6)
+    assert largest(40) <= float(SPECTRA[name].max()) + 1e-6
+
+
+@pytest.mark.parametrize(("eigenvalues", "expected"), [([0.0, 0.0, 0.0], 0.0), ([2.0, 2.0, 2.0], 2.0), ([-3.0], -3.0)])
+def test_the_largest_eigenvalue_where_the_krylov_space_ends_early(eigenvalues, expected):
+    diagonal = torch.tensor(eigenvalues)
+    got = largest_eigenvalue(
+        lambda v: {"w": diagonal * v["w"]}, {"w": diagonal}, generator=torch.Generator().manual_seed(0)
+    )
+    assert float(got) == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_krylov_space_that_ends_early_is_exact_and_the_trace_is_still_right():
