@@ -56,7 +56,6 @@ class Work(NamedTuple):
         steps: Of a LiSSA run.
         repeats: LiSSA runs.
         measured: Right-hand sides of a group whose residual on all the data is measured.
-        score_batch_size: Training instances scored together.
         ranks: Processes, R.
     """
 
@@ -67,7 +66,6 @@ class Work(NamedTuple):
     steps: int
     repeats: int
     measured: int
-    score_batch_size: int
     ranks: int
 
     @property
@@ -162,7 +160,7 @@ def predicted(work: Work, rates: Rates, network: Network, *, most_kept: int) -> 
         most_kept: Bytes of rows that a process keeps in memory; more are read anew each time.
 
     Example:
-        >>> work = Work(1000, 20, 10, 100, 50, 1, 1, 128, 1)
+        >>> work = Work(1000, 20, 10, 100, 50, 1, 1, 1)
         >>> rates = Rates(0.5, 1e-5, 0.0, 1e-3, 1e-3, 1e-5, 1e-4, 4, 400, 10**8)
         >>> plan = predicted(work, rates, Network(), most_kept=10**6)
         >>> [round(seconds, 4) for seconds in plan.seconds.values()], round(plan.total_seconds, 2)

@@ -430,7 +430,6 @@ class SimpleInfluence(InfluenceInterpreter):
                 steps=wanted.steps,
                 repeats=wanted.num_samples,
                 measured=self._measured(K, wanted.steps, n, all_of_them=bool(self._measure_residual)),
-                score_batch_size=self._score_batch_size,
                 ranks=1,
             )
             works = [work._replace(ranks=count) for count in ranks]

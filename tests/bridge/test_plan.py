@@ -11,9 +11,7 @@ from bridge.cli import main
 from bridge.plan import Network, Rates, Work, predicted
 from tests.bridge.fakes import linear, pairs
 
-WORK = Work(
-    n=1000, tests=20, together=10, batch_size=100, steps=50, repeats=2, measured=3, score_batch_size=128, ranks=1
-)
+WORK = Work(n=1000, tests=20, together=10, batch_size=100, steps=50, repeats=2, measured=3, ranks=1)
 RATES = Rates(0.0, 1e-5, 0.0, 1e-3, 1e-3, 1e-5, 1e-4, row_bytes=4, vector_bytes=400, process_bytes=10**8)
 
 
