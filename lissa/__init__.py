@@ -18,6 +18,7 @@ from lissa.hvp import (
     hvp_reverse_over_reverse,
 )
 from lissa.influence import influence_scores, per_example_gradients, scoring_plan
+from lissa.last_layer import Expansion, LastLayer, expansion_of_graph
 from lissa.leave_one_out import leave_one_out_scores
 from lissa.operators import mean_matvec
 from lissa.preconditioners import diagonal_preconditioner, nystroem_preconditioner
@@ -39,6 +40,8 @@ __all__ = [
     "BatchMatvec",
     "DualInfluence",
     "ExampleLossFn",
+    "Expansion",
+    "LastLayer",
     "LissaRun",
     "LissaState",
     "LossFn",
@@ -61,6 +64,7 @@ __all__ = [
     "diagonal_preconditioner",
     "dual_influence",
     "estimate_spectrum",
+    "expansion_of_graph",
     "fvp",
     "ggnvp",
     "hvp",

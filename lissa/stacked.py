@@ -5,8 +5,8 @@ step costs one gradient, one batched pull-back and a few passes over `K P` numbe
 Knows the recursion of `lissa.recursion`; knows nothing of where batches come from.
 """
 
-from collections.abc import Callable, Iterable
-from typing import TypeAlias
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,6 +20,19 @@ from lissa.types import Batch, LossFn, Params, Solution, Status
 
 StackedMatvec: TypeAlias = Callable[[Batch, Params], Params]
 """`matvec(batch, vectors) -> H_batch v_k` for each k: tensors of shape `(K, *shape)`, there and back."""
+
+
+@runtime_checkable
+class Stepper(Protocol):
+    """A stacked matvec that takes several steps of the recursion at once, as `lissa.LastLayer` does."""
+
+    def __call__(self, batch: Batch, vectors: Params, /) -> Params:
+        """`H_batch v_k`."""
+        ...
+
+    def advance(self, batches: Sequence[Batch], h: Params, v: Params, *, decay: float, rate: float) -> None:
+        """`h_k <- v_k + decay h_k - rate H_t h_k`, in place, for each batch in turn."""
+        ...
 
 
 def stacked_hvp(loss_fn: LossFn, params: Params, batch: Batch, vectors: Params) -> Params:
@@ -135,7 +148,7 @@ def solve_lissa_stacked(
         damping: In the units of `H`.
         scale: In the units of `H`. The step size is `1 / scale`; it never changes the answer.
         state: `state` of the solution that an earlier call ended with; given the batches that come next, the result is
-            bit for bit that of one long call.
+            bit for bit that of one long call (up to rounding, where the matvec is a `Stepper`).
         throw: Whether a failure raises `SolverError`. If False, it is data: `status` names it, `value` is all NaN.
 
     Returns:
@@ -163,32 +176,29 @@ def solve_lissa_stacked(
     first = 0 if state is None else host.largest(state.state.step)
     run, c = state or _start(v), damping / scale
     h = tree.map(torch.clone, run.state.h)
-    target = tree.scale(1 / c, v) if c else v
+    if isinstance(matvec, Stepper) and c <= _MOST_DAMPED:
+        steps: _Steps = _StepsTogether(matvec, h, v, c, scale)
+    else:
+        steps = _Steps(matvec, h, v, c, scale)
     trace: list[Tensor] = []
-    H_h: Params | None = None
     unseen = False  # whether nobody has looked at the residual of the latest step
     taken = first
     for taken, batch in enumerate(batches, start=first + 1):
-        del H_h  # its memory serves for the next
-        H_h = _apart_from(h, matvec(batch, h))
-        if _is_look(taken) or c > _MOST_DAMPED:
-            residual = tree.map(lambda v, H_h, h: torch.sub(v, H_h, alpha=1 / scale).sub_(h, alpha=c), v, H_h, h)
-            for k, t in h.items():
-                t.add_(residual[k])
-            run, unseen = _look(run, h, residual, taken, trace), False
-        else:
-            for k, t in h.items():
-                _ = t.lerp_(target[k], c) if c else t.add_(v[k])  # h <- (1 - c) h + v
-                t.sub_(H_h[k], alpha=1 / scale)
+        unseen = not _is_look(taken) and c <= _MOST_DAMPED
+        if unseen:
+            steps.take(batch)
             trace.append(torch.full_like(run.length, torch.nan))
-            unseen = True
+        else:
+            residual = steps.take_and_look(batch)
+            run = _look(run, steps.h, residual, taken, trace)
         if taken % CHECK_EVERY == 0 and not host.any_true(run.status == RUNNING):
             break
-    step = torch.where(run.status == RUNNING, taken, run.state.step)
+    residual = steps.look() if unseen else None
+    h, step = steps.h, torch.where(run.status == RUNNING, taken, run.state.step)
     end = run._replace(state=run.state._replace(h=h, step=step))  # without the look below, as one long call would be
-    if unseen and H_h is not None:
+    if residual is not None:
         trace.pop()
-        run = _look(run, h, _residual_before(h, v, H_h, c, scale), taken, trace)
+        run = _look(run, h, residual, taken, trace)
     solution = outcome.solution(
         {},
         status=run.status,
@@ -199,8 +209,8 @@ def solve_lissa_stacked(
         state=end,
         random=True,
     )
-    solved = _of_rows(solution.status < Status.DIVERGED, h)
-    x = tree.map(lambda h, solved: torch.where(solved, h / scale, torch.nan), h, solved)
+    divisor = torch.where(solution.status < Status.DIVERGED, torch.full_like(run.length, scale), torch.nan)
+    x = tree.map(torch.div, h, _of_rows(divisor, h))
     solution = solution._replace(value=x, residual_trace=solution.residual_trace.mT)
     if throw:
         outcome.raise_on_failure(f"solve_lissa_stacked(damping={damping:g}, scale={scale:g})", solution)
@@ -236,10 +246,64 @@ def _look(run: LissaRun, h: Params, residual: Params, step: int, trace: list[Ten
     return judged._replace(state=kept)
 
 
-def _residual_before(h: Params, v: Params, H_h: Params, c: float, scale: float) -> Params:
-    """The residual `b - c h_t`, `b = v - H_h / scale`, of the step that led to `h = b + (1 - c) h_t`."""
-    b = tree.map(lambda v, H_h: torch.sub(v, H_h, alpha=1 / scale), v, H_h)
-    return tree.map(lambda b, h: torch.sub(b, h - b, alpha=c / (1 - c)), b, h)
+class _Steps:
+    """The iterates `h`, and the steps `h <- v + (1 - c) h - H_t h / scale` that change them in place."""
+
+    def __init__(self, matvec: StackedMatvec, h: Params, v: Params, c: float, scale: float):
+        self.h = h
+        self.matvec, self.v, self.c, self.scale = matvec, v, c, scale
+        self.target = tree.scale(1 / c, v) if c else v
+        self.H_h: Params | None = None
+
+    def take(self, batch: Batch) -> None:
+        """One step."""
+        H_h = self._product(batch)
+        for k, h in self.h.items():
+            _ = h.lerp_(self.target[k], self.c) if self.c else h.add_(self.v[k])  # h <- (1 - c) h + v
+            h.sub_(H_h[k], alpha=1 / self.scale)
+
+    def take_and_look(self, batch: Batch) -> Params:
+        """One step, and its residual `v - (H_t + damping) h / scale`, which is what it adds to `h`."""
+        H_h, residual = self._product(batch), {}
+        for k, h in self.h.items():
+            residual[k] = torch.sub(self.v[k], H_h[k], alpha=1 / self.scale).sub_(h, alpha=self.c)
+            h.add_(residual[k])
+        return residual
+
+    def look(self) -> Params:
+        """The residual `b - c h_t`, `b = v - H_h / scale`, of the latest step, which led to `h = b + (1 - c) h_t`."""
+        c, residual = self.c, {}
+        for k, H_h in (self.H_h or {}).items():
+            b = torch.sub(self.v[k], H_h, alpha=1 / self.scale)
+            residual[k] = b.sub(self.h[k] - b, alpha=c / (1 - c))
+        return residual
+
+    def _product(self, batch: Batch) -> Params:
+        self.H_h = None  # its memory serves for the next
+        self.H_h = _apart_from(self.h, self.matvec(batch, self.h))
+        return self.H_h
+
+
+class _StepsTogether(_Steps):
+    """The same with a `Stepper`: steps wait until one is looked at."""
+
+    def __init__(self, matvec: Stepper, h: Params, v: Params, c: float, scale: float):
+        self.h = h
+        self.matvec, self.v, self.c, self.scale = matvec, v, c, scale
+        self.stepper = matvec
+        self.waiting: list[Batch] = []
+
+    def take(self, batch: Batch) -> None:
+        self.waiting.append(batch)
+
+    def take_and_look(self, batch: Batch) -> Params:
+        if self.waiting:
+            self.stepper.advance(self.waiting, self.h, self.v, decay=1 - self.c, rate=1 / self.scale)
+            self.waiting = []
+        return super().take_and_look(batch)
+
+    def look(self) -> Params:
+        return self.take_and_look(self.waiting.pop())
 
 
 def _apart_from(h: Params, product: Params) -> Params:
@@ -251,6 +315,12 @@ def _apart_from(h: Params, product: Params) -> Params:
 def _of_rows(flags: Tensor, like: Params) -> Params:
     """`flags`, shape `(K,)`, shaped to select among the rows of each tensor."""
     return tree.map(lambda t: flags.reshape(-1, *[1] * (t.ndim - 1)), like)
+
+
+def vdots(x: Params, y: Params) -> Tensor:
+    """`<x_k, y_k>` of K stacked vectors each, shape `(K,)`."""
+    parts = [torch.linalg.vecdot(x[k].reshape(len(t), -1), t.reshape(len(t), -1)) for k, t in y.items()]
+    return torch.stack(parts).sum(0)
 
 
 def norms(x: Params) -> Tensor:

@@ -1,0 +1,172 @@
+"""Losses that see the parameters through one linear layer only: exact derivatives, with its inputs computed once.
+
+With `z_i = W a_i + b`, the inputs `a_i`, the gradients `g_i = d loss_i / d z_i` and the Hessians
+`D_i = d^2 loss_i / d z_i^2` are all that is needed: nothing before or after the layer is run again. Knows tensors and
+parameter dicts; knows nothing of modules or data.
+"""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lissa.types import LossFn, Params
+
+
+class Expansion(NamedTuple):
+    """`loss_i(z_i + d) = losses_i + g_i . d + d . D_i d / 2 + ...` of B examples.
+
+    Attributes:
+        inputs: `a`, what the layer is given, shape `(B, d)`.
+        losses: Shape `(B,)`.
+        gradients: `g`, shape `(B, m)`.
+        hessians: `D`, shape `(B, m, m)`.
+    """
+
+    inputs: Tensor
+    losses: Tensor
+    gradients: Tensor
+    hessians: Tensor
+
+
+def expansion_of_graph(losses: Tensor, outputs: Tensor, inputs: Tensor) -> Expansion:
+    """`g_i = d loss_i / d z_i` and `D_i = d^2 loss_i / d z_i^2` of losses that were computed from `z`, with `a`.
+
+    Args:
+        losses: Shape `(B,)`; each depends on its own row of `outputs` alone.
+        outputs: `z`, shape `(B, m)`, a leaf that requires grad.
+        inputs: `a`, shape `(B, d)`.
+
+    Returns:
+        The expansion, constant to autograd.
+
+    Example:
+        >>> z = torch.tensor([[1.0, 2.0]], requires_grad=True)
+        >>> expansion_of_graph((z**3).sum(1), z, torch.ones(1, 4)).hessians
+        tensor([[[ 6.,  0.],
+                 [ 0., 12.]]])
+    """
+    B, m = outputs.shape
+    with torch.enable_grad():
+        (g,) = torch.autograd.grad(losses.sum(), outputs, create_graph=True, materialize_grads=True)
+    D = outputs.new_zeros(m, B, m)
+    if g.requires_grad:
+        each_output = torch.eye(m, dtype=outputs.dtype, device=outputs.device).unsqueeze(1).expand(m, B, m)
+        (D,) = torch.autograd.grad(g, outputs, each_output, is_grads_batched=True, materialize_grads=True)
+    return Expansion(inputs.detach(), losses.detach(), g.detach(), D.transpose(0, 1).contiguous())
+
+
+class LastLayer(NamedTuple):
+    """Products, gradients, scores and losses of `loss_i(W a_i + b)` in `W` and `b`, at the point of expansion.
+
+    Called with a batch and K stacked vectors, it is a `lissa.stacked.StackedMatvec`.
+
+    Attributes:
+        weight: The key of `W`, shape `(m, d)`, in parameter dicts; None if `W` is a constant.
+        bias: The key of `b`, shape `(m,)`; None if there is none or it is a constant.
+
+    Example:
+        >>> z = torch.tensor([[1.0, 2.0]], requires_grad=True)  # W a with W = [[1], [2]], a = [1]
+        >>> batch = expansion_of_graph((z**3).sum(1), z, torch.ones(1, 1))
+        >>> LastLayer("W", None)(batch, {"W": torch.ones(1, 2, 1)})
+        {'W': tensor([[[ 6.],
+                 [12.]]])}
+    """
+
+    weight: str | None
+    bias: str | None
+
+    def __call__(self, batch: Expansion, vectors: Params) -> Params:
+        """`H v_k = mean_i (D_i V_k a_i) a_i^T` for K stacked vectors, as `stacked_hvp` of the mean loss."""
+        pushed = self._pushed(batch.inputs, vectors).unflatten(1, (-1, batch.gradients.shape[1]))
+        return self._pulled(batch.inputs, torch.bmm(pushed, batch.hessians / len(batch.losses)))  # D is symmetric
+
+    def advance(self, batches: Sequence[Expansion], h: Params, v: Params, *, decay: float, rate: float) -> None:
+        """`h_k <- v_k + decay h_k - rate H_t h_k`, in place, for each of S batches in turn, in a few large products.
+
+        A step changes `h` by `v` and by multiples of its batch's inputs. So what the next batches see of `h` follows
+        from `decay^j h_0 + (1 + ... + decay^(j-1)) v` and the inner products of inputs, and `h` is changed once:
+
+            z_j = a_j . h_j = decay^j (a_j . h_0 - rate sum_(i < j) (a_j . a_i) y_i) + (1 + ... + decay^(j-1)) a_j . v
+            y_j = D_j z_j / (B decay^(j+1))
+            h_S = decay^S (h_0 - rate sum_j y_j a_j^T) + (1 + ... + decay^(S-1)) v
+
+        The same numbers up to rounding, if `decay^-S` is moderate. See also blocked triangular solves, which do this.
+
+        Args:
+            batches: Of the next S steps.
+            h: The iterates, stacked; replaced by those S steps later.
+            v: The right-hand sides, stacked.
+            decay: `1 - damping / scale`.
+            rate: `1 / scale`.
+        """
+        sizes = [len(batch.losses) for batch in batches]
+        powers = [decay**j for j in range(len(batches) + 1)]
+        sums = [0.0, *itertools.accumulate(powers[:-1])]
+        a, m = torch.cat([batch.inputs for batch in batches]), batches[0].gradients.shape[1]
+
+        def of_rows(numbers: Iterable[float]) -> Tensor:
+            rows = [x for x, size in zip(numbers, sizes, strict=True) for _ in range(size)]
+            return torch.tensor(rows, dtype=a.dtype, device=a.device)
+
+        D = torch.cat([batch.hessians for batch in batches])
+        D = D * of_rows(1 / (power * size) for power, size in zip(powers[1:], sizes, strict=True))[:, None, None]
+        gram = a.new_zeros(()) if self.weight is None else a @ a.mT
+        gram = (gram if self.bias is None else gram + 1).expand(len(a), len(a))
+        z = self._pushed(a, h) * of_rows(powers[:-1])[:, None] + self._pushed(a, v) * of_rows(sums[:-1])[:, None]
+        y = torch.empty_like(z)
+        start = 0
+        for size, power in zip(sizes, powers[:-1], strict=True):
+            now = slice(start, start + size)
+            z[now].addmm_(gram[now, :start], y[:start], alpha=-rate * power)
+            torch.bmm(z[now].unflatten(1, (-1, m)), D[now], out=y[now].unflatten(1, (-1, m)))
+            start += size
+        for k, t in h.items():
+            if k == self.weight:
+                t.flatten(0, 1).addmm_(y.mT, a, beta=powers[-1], alpha=-rate * powers[-1])
+            else:
+                t.mul_(powers[-1]).sub_(y.sum(0).reshape(t.shape), alpha=rate * powers[-1])
+            t.add_(v[k], alpha=sums[-1])
+
+    def gradients(self, batch: Expansion) -> Params:
+        """`grad_i = g_i a_i^T` of each example: tensors of shape `(B, *shape)`."""
+        found = {}
+        if self.weight is not None:
+            found[self.weight] = batch.gradients.unsqueeze(2) * batch.inputs.unsqueeze(1)
+        if self.bias is not None:
+            found[self.bias] = batch.gradients
+        return found
+
+    def scores(self, batch: Expansion, vectors: Params) -> Tensor:
+        """`grad_i . v_k = g_i . V_k a_i` of each example for K stacked vectors, shape `(K, B)`."""
+        pushed = self._pushed(batch.inputs, vectors).unflatten(1, (-1, batch.gradients.shape[1]))
+        return torch.bmm(pushed, batch.gradients.unsqueeze(2)).squeeze(2).mT
+
+    def loss_fn(self, at: Params) -> LossFn:
+        """`loss_fn(params, batch) -> ()`: the mean of `losses_i + g_i . d_i + d_i . D_i d_i / 2`.
+
+        With `d_i = z_i(params) - z_i(at)`, it has the mean loss's value, gradient and Hessian at `at`.
+
+        Args:
+            at: The parameters that batches are expanded at.
+        """
+
+        def expanded(params: Params, batch: Expansion) -> Tensor:
+            d = self._pushed(batch.inputs, {k: (params[k] - at[k]).unsqueeze(0) for k in at})
+            second = (torch.bmm(d.unsqueeze(1), batch.hessians).squeeze(1) * d).sum(1) / 2
+            return (batch.losses + (batch.gradients * d).sum(1) + second).mean()
+
+        return expanded
+
+    def _pushed(self, inputs: Tensor, vectors: Params) -> Tensor:
+        """`V_k a_i + c_k`, shape `(B, K m)`."""
+        pushed = inputs.new_zeros(()) if self.weight is None else inputs @ vectors[self.weight].flatten(0, 1).mT
+        return pushed if self.bias is None else (pushed + vectors[self.bias].flatten()).expand(len(inputs), -1)
+
+    def _pulled(self, inputs: Tensor, y: Tensor) -> Params:
+        """`sum_i y_ik a_i^T` and `sum_i y_ik` of `y` of shape `(B, K, m)`."""
+        _, K, m = y.shape
+        found = {} if self.weight is None else {self.weight: (y.flatten(1).mT @ inputs).reshape(K, m, -1)}
+        return found if self.bias is None else found | {self.bias: y.sum(0)}
