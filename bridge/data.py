@@ -259,6 +259,11 @@ def collate(instances: list[Any], *, vocab: Any = None, collate_fn: CollateFn | 
     return dict(batch) if isinstance(batch, Mapping) else batch
 
 
+def collate_alike(instances: Sequence[Instance]) -> dict[str, Any]:
+    """`collate` of instances that are known to have the same fields and the same padding lengths."""
+    return _stacked(instances, instances[0].get_padding_lengths())
+
+
 def _padded(instances: Sequence[Instance]) -> dict[str, Any]:
     """AllenNLP's `Batch(instances).as_tensor_dict()`."""
     kinds: list[dict[str, str]] = [{k: type(f).__name__ for k, f in i.fields.items()} for i in instances]
@@ -272,7 +277,10 @@ def _padded(instances: Sequence[Instance]) -> dict[str, Any]:
             known = longest.setdefault(field, {})
             for key, length in by_key.items():
                 known[key] = max(known.get(key, 0), length)
+    return _stacked(instances, longest)
 
+
+def _stacked(instances: Sequence[Instance], longest: dict[str, dict[str, int]]) -> dict[str, Any]:
     rows = [instance.as_tensor_dict(longest) for instance in instances]
     return {name: instances[0].fields[name].batch_tensors([row[name] for row in rows]) for name in rows[0]}
 

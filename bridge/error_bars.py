@@ -13,6 +13,7 @@ from bridge import strategies
 from bridge.distributed import Ranks
 from bridge.session import Session, check_finite
 from lissa import Params, Solution, score_bound, score_interval, settled_places, tree
+from lissa.stacked import norms
 
 
 class ErrorBars(NamedTuple):
@@ -68,17 +69,17 @@ def error_bars(
         1,
         min(session.rows_at_once(train, 1), strategies.stack_limit(session.model) // tree.numel(session.model.params)),
     )
-    scores, norms = torch.zeros(K * repeats, len(train), dtype=dtype), torch.zeros(len(train), dtype=dtype)
+    scores, lengths = torch.zeros(K * repeats, len(train), dtype=dtype), torch.zeros(len(train), dtype=dtype)
     share = ranks.share(len(train))
     for indices, stack in session.examples(train, size=size, description="scoring", chosen=share):
         with session.naming("training", train, indices):
             some, gradients = score(ihvps, stack), losses_and_gradients(stack)[1]
         check_finite("score", "training", indices, some)
-        scores[:, indices], norms[indices] = some.cpu(), torch.vmap(tree.norm)(gradients).cpu()
+        scores[:, indices], lengths[indices] = some.cpu(), norms(gradients).cpu()
 
-    scores, norms = ranks.sum({"scores": scores, "norms": norms}).values()
-    residual_norm = (solution.relative_residual * torch.vmap(tree.norm)(vectors)).cpu()
-    bound = score_bound(norms, residual_norm[:, None].to(dtype), damping=damping, smallest=smallest)
+    scores, lengths = ranks.sum({"scores": scores, "lengths": lengths}).values()
+    residual_norm = (solution.relative_residual * norms(vectors)).cpu()
+    bound = score_bound(lengths, residual_norm[:, None].to(dtype), damping=damping, smallest=smallest)
     if repeats == 1:
         return ErrorBars(scores, torch.full_like(scores, torch.nan), bound, settled_places(scores, bound))
     interval = score_interval(scores.unflatten(0, (K, repeats)).movedim(1, 0))

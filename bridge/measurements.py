@@ -14,7 +14,7 @@ from bridge import progress, strategies
 from bridge.distributed import Ranks
 from bridge.session import Session
 from lissa import Params, tree
-from lissa.stacked import norms as stacked_norms
+from lissa.stacked import norms, vdots
 
 SAMPLE = 64
 """Training instances that the largest eigenvalue and the correlation are measured on: for a warning, two digits do."""
@@ -34,17 +34,16 @@ def relative_residuals(
 
     Only the first `count` are measured; the others are NaN.
     """
-    found = torch.full_like(stacked_norms(vectors), torch.nan)
+    found = torch.full_like(norms(vectors), torch.nan)
     vectors, ihvps = (tree.map(lambda t: t[:count], x) for x in (vectors, ihvps))
     damped = tree.add_scaled(_product(session, train, ihvps, ranks), damping, ihvps)
-    found[:count] = (stacked_norms(tree.sub(vectors, damped)) / stacked_norms(vectors)).nan_to_num(0.0)
+    found[:count] = (norms(tree.sub(vectors, damped)) / norms(vectors)).nan_to_num(0.0)
     return found
 
 
 def cosines(vectors: Params, ihvps: Params) -> Tensor:
     """Cosine of the angle between `v` and `x` for K stacked vectors, shape `(K,)`; 0 where one of them is 0."""
-    lengths = torch.vmap(tree.norm)(vectors) * torch.vmap(tree.norm)(ihvps)
-    return (torch.vmap(tree.vdot)(vectors, ihvps) / lengths).nan_to_num(0.0)
+    return (vdots(vectors, ihvps) / (norms(vectors) * norms(ihvps))).nan_to_num(0.0)
 
 
 def largest_eigenvalue(session: Session, train: Sequence[Any], *, seed: int) -> float:
@@ -66,7 +65,7 @@ def correlations(session: Session, train: Sequence[Any], vectors: Params, ihvps:
     both = tree.map(lambda v, x: torch.cat([v, x]), vectors, ihvps)
     parts = [
         score(both, stack)
-        for _, stack in session.examples(train, size=session.rows or SAMPLE, description="sampling", chosen=chosen)
+        for _, stack in session.examples(train, size=session.most_rows or SAMPLE, description="sampling", chosen=chosen)
     ]
     plain, scores = torch.cat(parts, dim=1).double().chunk(2)
     plain, scores = (s - s.mean(1, keepdim=True) for s in (plain, scores))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from bridge.data import Instance, grouped, stacked_alike, to_device
+from bridge.data import Instance, collate_alike, grouped, stacked_alike, to_device
 from lissa import Batch, take
 
 MOST_KEPT = 2**28
@@ -54,7 +54,7 @@ class Rows(Sequence[Any]):
         self._device = device
         self._vocab = vocab
         self._pads = pads
-        self._most_bytes = most_bytes
+        self.most_bytes = most_bytes
         self._gathered: Batch = None
         self._held = range(0)
         self._of_fields: dict[type, bool] = {}
@@ -109,12 +109,13 @@ class Rows(Sequence[Any]):
         elif self._pads:
             yield from stacked_alike(((i, self.batch([i])) for i in chosen), size)
         else:
-            for group in grouped(((self._likeness(self._instances[i]), i) for i in chosen), size):
-                together = self.batch(group)
-                if are_rows(together, len(group)):
-                    yield group, _as_batches_of_one(together)
+            for group in grouped(map(self._read, chosen), size):
+                indices, instances = [list(column) for column in zip(*group, strict=True)]
+                together = self._collated_alike(instances)
+                if are_rows(together, len(indices)):
+                    yield indices, _as_batches_of_one(together)
                 else:
-                    yield from stacked_alike(((i, self.batch([i])) for i in group), size)
+                    yield from stacked_alike(((i, self.batch([i])) for i in indices), size)
 
     def _holds(self, indices: list[int]) -> bool:
         """Whether these instances are among those gathered."""
@@ -139,7 +140,7 @@ class Rows(Sequence[Any]):
                 return None
             if structure is None:
                 structure, alike = found, self._likeness(instances[0])
-                if sum(leaf[0].nbytes for leaf in leaves) * len(share) > self._most_bytes:
+                if sum(leaf[0].nbytes for leaf in leaves) * len(share) > self.most_bytes:
                     return None
                 whole = [leaf.new_empty((len(share), *leaf.shape[1:])) for leaf in leaves]
             same = found == structure and all(self._likeness(instance) == alike for instance in instances)
@@ -150,6 +151,16 @@ class Rows(Sequence[Any]):
             for rows, leaf in zip(whole, leaves, strict=True):
                 rows[start - share.start : indices.stop - share.start] = leaf
         return pytree.tree_unflatten(whole, structure) if structure is not None else None
+
+    def _read(self, i: int) -> tuple[Hashable, tuple[int, Any]]:
+        """The instance with its number, after what groups it."""
+        instance = self._instances[i]
+        return self._likeness(instance), (i, instance)
+
+    def _collated_alike(self, instances: list[Any]) -> Batch:
+        """One batch of instances of the same likeness."""
+        alike = self._of_fields.get(type(instances[0]))
+        return to_device(collate_alike(instances) if alike else self._collate(instances), self._device)
 
     def _likeness(self, instance: Any) -> Hashable:
         kind = type(instance)
