@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from bridge import output_space
 from bridge.attention import masks_always_made
 from bridge.output_space import OutputLoss
-from lissa import Batch, ExampleLossFn, LossFn, Params, tree
+from lissa import Batch, ExampleLossFn, LastLayer, LossFn, Params, tree
 from lissa.kernels import twice_differentiable
 from lissa.types import OutputFn, OutputLossFn
 
@@ -41,6 +41,7 @@ class Functional(NamedTuple):
         output_fn: `output_fn(params, batch) -> (B, m)`, what that loss is a function of; see `bridge.output_space`.
         output_loss_fn: `output_loss_fn(outputs, batch) -> ()`, so that it is `loss_fn` of `output_fn`.
         max_memory: Bytes that work with these functions may take, beside model and data; None: a sensible amount.
+        last_layer: Where batches are `lissa.Expansion`s, the layer that has the parameters; see `bridge.last_layer`.
     """
 
     params: Params
@@ -49,6 +50,7 @@ class Functional(NamedTuple):
     output_fn: OutputFn
     output_loss_fn: OutputLossFn
     max_memory: int | None = None
+    last_layer: LastLayer | None = None
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from bridge import distributed, fingerprint, npy, progress, recording, scoring, settings, strategies
+from bridge import distributed, fingerprint, last_layer, npy, progress, recording, scoring, settings, strategies
 from bridge.archives import FromArchive
 from bridge.checkpoint import Directory, Record
 from bridge.data import (
@@ -34,6 +34,7 @@ from bridge.rows import MOST_KEPT, Rows
 from bridge.scoring import Columns, Reduced, Reduction, TopK, Written
 from bridge.session import Session, check_finite
 from lissa import Params, checks, tree
+from lissa.stacked import vdots
 
 CHECKPOINT_EVERY = 300.0
 """Seconds between two states of a long run, unless told otherwise."""
@@ -91,6 +92,7 @@ class InfluenceInterpreter(FromArchive):
 
     default_implementation: ClassVar[str] = "simple-influence"
     _keep_rng = True
+    _expands = True
 
     def __init__(
         self,
@@ -242,14 +244,14 @@ class InfluenceInterpreter(FromArchive):
         chosen = range(len(self._train)) if chosen is None else chosen
         with self._session() as session, self._recorded(session, "self_influence", None, chosen=chosen) as record:
             quiet = replace(session, show=False)
-            self._train.gather(self._share)
+            session.rows(self._train).gather(self._share)
             size = min(SELF_BATCH_SIZE, self._vectors_at_once(session))
             solve = self._made_when_needed(session, record)
 
             def of_group(group: Sequence[int], part: Record) -> dict[str, Any]:
                 vectors = self._gradients(quiet, "training", self._train, group)[1]
                 ihvps, known = solve(vectors, part)
-                return {"scores": torch.vmap(tree.vdot)(vectors, ihvps).cpu(), "known": known}
+                return {"scores": vdots(vectors, ihvps).cpu(), "known": known}
 
             found = [torch.zeros(0, dtype=next(iter(session.model.params.values())).dtype)]
             starts = range(0, len(chosen), size)
@@ -361,7 +363,7 @@ class InfluenceInterpreter(FromArchive):
         self, session: Session, tests: Rows, reduction: Reduction, record: Record
     ) -> Iterator[tuple[Tensor, Reduced]]:
         """Test losses, and what the reduction makes of the scores: a group of test instances at a time."""
-        self._train.gather(self._share)
+        session.rows(self._train).gather(self._share)
         solve = self._made_when_needed(session, record)
 
         def of_group(chosen: range, part: Record) -> dict[str, Any]:
@@ -496,7 +498,7 @@ class InfluenceInterpreter(FromArchive):
             def session(names: list[str]) -> Session:
                 model = functional(module, names, output_loss=self._loss_fn, device=self.device)
                 model = model._replace(max_memory=self._max_memory)
-                return Session(model, self._collate, self.progress, rows=self._score_batch_size)
+                return Session(model, self._collate, self.progress, most_rows=self._score_batch_size)
 
             if self._used_names is None:
                 self._used_names = self._find_used(session(self._candidates))
@@ -506,7 +508,17 @@ class InfluenceInterpreter(FromArchive):
                         f"`{type(self).__name__}`: the loss of no training instance depends on any of the parameters "
                         f"{self._candidates}."
                     )
-            yield session(self._used_names)
+            yield self._expanded(session(self._used_names), module)
+
+    def _expanded(self, session: Session, module: nn.Module) -> Session:
+        """The session, on expansions of the instances where the parameters in use are those of one last layer."""
+        if not self._expands:
+            return session
+        found = last_layer.expanded(session.model, module, self._train, self._share)
+        by_all = all(self._ranks.gathered(found is not None))
+        if found is None or not by_all:
+            return session
+        return replace(session, model=found[0], expand=found[1])
 
     def _read(self, lazy_loader: LazyLoader, reader: DatasetReader, path: Any) -> Sequence[Any]:
         """The instances that a loader reads; a dataset that our own loader was given is not copied."""

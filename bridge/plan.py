@@ -208,7 +208,7 @@ def measured(
         ranks: The processes that measure together; for as many, a step is measured with the sum between them.
         network: What connects them.
     """
-    share = ranks.share(len(train))
+    train, share = session.rows(train), ranks.share(len(train))
     held = share[:PROBE_ROWS] or range(1)
     firsts: list[float] = []
     train.batch(held[:1])

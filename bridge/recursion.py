@@ -41,7 +41,7 @@ def solver(
         measured: How many of K residuals are worth their cost.
         ranks: Who share the work.
     """
-    steps_alike = choice.steps if train.gathered else 0
+    steps_alike = choice.steps if session.rows(train).gathered else 0
     at_once = strategies.inverse_products(session.model, choice.damping, choice.scale, steps_alike=steps_alike)
     in_pieces = _in_pieces(session, train, choice, ranks)
     at_work: list[int] = []

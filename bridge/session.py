@@ -5,7 +5,7 @@ Knows instances and a functional model; knows nothing of solvers, rankings or th
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,8 +13,10 @@ from torch import Tensor
 
 from bridge import progress, strategies
 from bridge.functional import Functional, loss_and_gradient
+from bridge.last_layer import ExpandedRows, Expander
 from bridge.rows import Rows
 from lissa import Batch, Params, SolverError, tree
+from lissa.stacked import norms
 
 GRADIENTS_AT_ONCE, LOSSES_AT_ONCE = 64, 512
 """Most examples whose gradients or losses are computed together."""
@@ -28,24 +30,27 @@ class Session:
         model: The model as functions of the parameters in use.
         collate: Makes a batch of a list of instances.
         show: Whether long work shows a progress bar.
-        rows: Most training instances to take at a time, if the caller said so.
+        most_rows: Most training instances to take at a time, if the caller said so.
+        expand: Makes expansions of batches, where `model` works on these.
     """
 
     model: Functional
     collate: Callable[[list[Any]], Batch]
     show: bool
-    rows: int | None = None
+    most_rows: int | None = None
+    expand: Expander | None = None
+    _expanded: dict[int, tuple[Any, ExpandedRows]] = field(default_factory=dict)
 
     def rows_at_once(self, instances: Sequence[Any], vectors: int) -> int:
         """How many instances, like the first, go into one batch for a product with so many vectors."""
         with self.naming("training", instances, [0]):
             first = self.batch(instances, [0])
         most = strategies.rows_at_once(self.model, first, vectors)
-        return most if self.rows is None else min(most, self.rows)
+        return most if self.most_rows is None else min(most, self.most_rows)
 
     def batch(self, instances: Sequence[Any], indices: Iterable[int]) -> Batch:
         """One batch of the instances `indices`, on the device."""
-        return self._rows(instances).batch(indices)
+        return self.rows(instances).batch(indices)
 
     def examples(
         self,
@@ -65,7 +70,7 @@ class Session:
                 pending[i] = None
                 yield i
 
-        stacks = self._rows(instances).examples(size, read())
+        stacks = self.rows(instances).examples(size, read())
         while True:
             with self.naming(role, instances, pending):
                 found = next(stacks, None)
@@ -82,12 +87,16 @@ class Session:
         gradients = {name: p.new_empty(len(indices), *p.shape) for name, p in self.model.params.items()}
         place = {i: row for row, i in enumerate(indices)}
         for found, stack in self.examples(
-            instances, size=GRADIENTS_AT_ONCE, description=f"{role} gradients", role=role, chosen=indices
+            instances,
+            size=GRADIENTS_AT_ONCE if self.expand is None else LOSSES_AT_ONCE,
+            description=f"{role} gradients",
+            role=role,
+            chosen=indices,
         ):
             with self.naming(role, instances, found):
                 some_losses, some_gradients = losses_and_gradients(stack)
             check_finite("loss", role, found, some_losses)
-            check_finite("gradient", role, found, torch.vmap(tree.norm)(some_gradients))
+            check_finite("gradient", role, found, norms(some_gradients))
             rows = torch.tensor([place[i] for i in found], device=losses.device)
             losses[rows] = some_losses
             for name, gradient in gradients.items():
@@ -129,8 +138,14 @@ class Session:
             self._try_together(role, instances, indices)
             raise
 
-    def _rows(self, instances: Sequence[Any]) -> Rows:
-        return instances if isinstance(instances, Rows) else Rows(instances, self.collate, self.model.device, pads=True)
+    def rows(self, instances: Sequence[Any]) -> Rows:
+        """The instances as the model of this session takes them."""
+        rows = instances if isinstance(instances, Rows) else Rows(instances, self.collate, self.model.device, pads=True)
+        if self.expand is None or isinstance(rows, ExpandedRows):
+            return rows
+        if id(instances) not in self._expanded:
+            self._expanded[id(instances)] = instances, ExpandedRows(rows, self.expand)
+        return self._expanded[id(instances)][1]
 
     def first_not_finite(self, role: str, instances: Sequence[Any], chosen: Iterable[int] | None = None) -> None:
         """Raises a ValueError that names the first instance whose loss or gradient is not finite, if there is one."""

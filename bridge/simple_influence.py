@@ -195,6 +195,7 @@ class SimpleInfluence(InfluenceInterpreter):
         self._scan_batch_size = self.settings.batch_size
         self._compat = compat is not None
         self._keep_rng = not self._compat
+        self._expands = not self._compat and solver != gauss_newton.NAME
         self._compat_instances: list[InstanceWithGrads] | None = None
         self._stream: Iterator[list[int]]
         self._drawn = 0
@@ -354,7 +355,7 @@ class SimpleInfluence(InfluenceInterpreter):
         if not len(tests):
             return found
         with self._session() as session, self._recorded(session, call, tests, k=k, smallest=smallest) as record:
-            self._train.gather(self._share)
+            session.rows(self._train).gather(self._share)
             choice, solve = self._solutions(session, record, measure_all=True)
             if not smallest + choice.damping > 0:
                 raise ValueError(

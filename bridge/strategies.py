@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from bridge.functional import Functional, example_losses, loss_and_gradient, rows_of
 from lissa import (
     Batch,
+    Expansion,
     LossFn,
     Params,
     Solution,
@@ -32,7 +33,7 @@ from lissa import (
     tree,
 )
 from lissa.scoring import ScoringPlan, forward_work
-from lissa.stacked import linearised_stacked_hvp
+from lissa.stacked import StackedMatvec, linearised_stacked_hvp
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +101,9 @@ def scores(model: Functional) -> Callable[[Params, Batch], Tensor]:
 
     Where memory does not suffice for the stack, for halves of it.
     """
+    last_layer = model.last_layer
+    if last_layer is not None:
+        return in_halves(lambda ihvps, stack: last_layer.scores(together(stack), ihvps))
     losses = example_losses(model.loss_fn)
     gradients_at_once = max(1, stack_limit(model) // tree.numel(model.params))
     numbers = None if model.max_memory is None else max(1, stack_limit(model) // 4)
@@ -167,6 +171,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def rows_at_once(model: Functional, example: Batch, vectors: int) -> int:
     """How many instances, like the one in the batch `example`, go into one product with so many vectors."""
+    if model.last_layer is not None:
+        numbers = numbers_in(example) + 2 * vectors * example.gradients.shape[1]
+        return max(1, min(ROWS_AT_ONCE, pass_limit(model) // numbers))
     try:
         work = forward_work(model.loss_fn, model.params, example)
     except Exception as error:  # whoever needs the loss of the example will hear of it
@@ -182,6 +189,9 @@ ROWS_AT_ONCE, ROWS_UNPLANNED = 1024, 128
 
 def losses_and_gradients(model: Functional) -> Callable[[Batch], tuple[Tensor, Params]]:
     """`stack -> (B,), (B, *shape)`: loss and gradient of each row of a stack of one-example batches."""
+    last_layer = model.last_layer
+    if last_layer is not None:
+        return lambda stack: (together(stack).losses, last_layer.gradients(together(stack)))
 
     def at_once(stack: Batch) -> tuple[Tensor, Params]:
         gradients, values = torch.vmap(grad_and_value(model.loss_fn), in_dims=(None, rows_of(stack)))(
@@ -198,6 +208,8 @@ def losses_and_gradients(model: Functional) -> Callable[[Batch], tuple[Tensor, P
 
 def losses(model: Functional) -> Callable[[Batch], Tensor]:
     """`losses(stack) -> (B,)`: the loss of each row of a stack of one-example batches."""
+    if model.last_layer is not None:
+        return lambda stack: together(stack).losses
     fast = example_losses(model.loss_fn)
 
     def at_once(stack: Batch) -> Tensor:
@@ -238,7 +250,7 @@ def for_each_vector(
 def products(model: Functional) -> Callable[[Params, Callable[[], Batch]], Params]:
     """`(v_1, ..., v_K), make -> H v_k` on the batch that `make` makes, stacked."""
     matvec = partial(hvp, model.loss_fn, model.params)
-    stacked = partial(stacked_hvp, model.loss_fn, model.params)
+    stacked = stacked_matvec(model)
     return for_each_vector(
         "Hessian-vector products", lambda v, batch: matvec(batch, v), lambda vectors, batch: stacked(batch, vectors)
     )
@@ -251,6 +263,9 @@ def linearised_product(model: Functional, batch: Batch) -> Callable[[Params], Pa
         graph.append(linearised_stacked_hvp(model.loss_fn, model.params, batch)) if not graph else None
         return tree.map(lambda t: t[0], graph[0](tree.map(lambda t: t.unsqueeze(0), v)))
 
+    last_layer = model.last_layer
+    if last_layer is not None:
+        return lambda v: tree.map(lambda t: t[0], last_layer(batch, tree.map(lambda t: t.unsqueeze(0), v)))
     graph: list[Callable[[Params], Params]] = []
     return first_that_runs("Hessian-vector products", at_once, lambda v: hvp(model.loss_fn, model.params, batch, v))
 
@@ -270,8 +285,7 @@ def inverse_products(
             and replayed.
     """
     settings = {"damping": damping, "scale": scale, "throw": False}
-    matvec = partial(hvp, model.loss_fn, model.params)
-    stacked = partial(stacked_hvp, model.loss_fn, model.params)
+    matvec, stacked = partial(hvp, model.loss_fn, model.params), stacked_matvec(model)
     solve = for_each_vector(
         "inverse Hessian-vector products",
         lambda v, batches: solve_lissa(matvec, v, batches, **settings),
@@ -290,7 +304,8 @@ def inverse_products(
         K = length(vectors)
         chunks = -(-K // most)
         size = -(-K // chunks)  # all about as large
-        solve_some = solve_recorded if steps_alike * chunks >= MANY_STEPS else solve
+        record = steps_alike * chunks >= MANY_STEPS and model.last_layer is None
+        solve_some = solve_recorded if record else solve
         parts: list[Solution] = []
         start = 0
         while start < K:
@@ -306,6 +321,11 @@ def inverse_products(
         return parts[0] if len(parts) == 1 else pytree.tree_map(lambda *t: torch.cat(t), *parts)
 
     return in_chunks
+
+
+def stacked_matvec(model: Functional) -> StackedMatvec:
+    """`matvec(batch, (v_1, ..., v_K)) -> H v_k`, stacked."""
+    return partial(stacked_hvp, model.loss_fn, model.params) if model.last_layer is None else model.last_layer
 
 
 def vectors_at_once(model: Functional) -> int:
@@ -330,6 +350,11 @@ CACHE_BYTES = 2**23
 def stack_vectors(vectors: list[Params]) -> Params:
     """K vectors as one parameter dict with a dimension more in front."""
     return {name: torch.stack([vector[name] for vector in vectors]) for name in vectors[0]}
+
+
+def together(stack: Expansion) -> Expansion:
+    """A stack of expansions of one instance each as one expansion."""
+    return Expansion(*(t.squeeze(1) for t in stack))
 
 
 def rows(stack: Any) -> list[Any]:

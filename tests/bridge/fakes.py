@@ -132,6 +132,13 @@ def linear(features=4, classes=3, seed=0, dtype=torch.float64):
         return nn.Linear(features, classes, dtype=dtype)
 
 
+def two_layers(seed=0):
+    """Not one linear layer, so that instances go through the model each time; twice differentiable."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
 class Watch:
     """What of the caller's must not change: a copy of it, and the comparison, bit for bit."""
 

@@ -325,14 +325,14 @@ import os, random, signal, sys, time, warnings
 import torch
 import torch.nn.functional as F
 from bridge import SimpleInfluence
-from tests.bridge.fakes import linear, pairs
+from tests.bridge.fakes import two_layers, pairs
 
 torch.set_num_threads(1)
 warnings.simplefilter("ignore")
 
 def run(directory):
     influence = SimpleInfluence.from_dataset(
-        linear(), pairs(1200), loss_fn=F.cross_entropy, ridge=0.5, scale=5.0, recursion_depth=320, num_samples=2,
+        two_layers(), pairs(1200), loss_fn=F.cross_entropy, ridge=0.5, scale=5.0, recursion_depth=320, num_samples=2,
         progress=False, checkpoint_dir=directory, checkpoint_every=0.005, score_batch_size=2)
     outputs = influence.interpret_both_ends(pairs(3, seed=1), k=5)
     ends = [[(e.score, e.loss) for e in (*o.most_helpful, *o.most_harmful)] for o in outputs]

@@ -124,7 +124,8 @@ WAYS = {
 def calls(influence, tests):
     both = influence.interpret_both_ends(tests, k=7)
     found = [[(e.score, e.loss) for e in (*one.most_helpful, *one.most_harmful)] for one in both]
-    which = [[id(e.instance) for e in (*one.most_helpful, *one.most_harmful)] for one in both]
+    # By content: the scores of equal rows may differ in their last bit, as the shares are multiplied by apart.
+    which = [[str(e.instance) for e in (*one.most_helpful, *one.most_harmful)] for one in both]
     bars = influence.interpret_with_error_bars(tests[:1], k=60)[0].top_k
     numbers = [torch.tensor(found), influence.scores(tests), influence.self_influence(), influence.inverse_hvps(tests),
                torch.tensor([(e.score, e.bound) for e in bars]), influence.diagnostics.relative_residual]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from bridge import SimpleInfluence, plan, strategies
 from bridge.cli import main
 from bridge.plan import Network, Rates, Work, predicted
-from tests.bridge.fakes import linear, pairs
+from tests.bridge.fakes import linear, pairs, two_layers
 
 WORK = Work(n=1000, tests=20, together=10, batch_size=100, steps=50, repeats=2, measured=3, ranks=1)
 RATES = Rates(0.0, 1e-5, 0.0, 1e-3, 1e-3, 1e-5, 1e-4, row_bytes=4, vector_bytes=400, process_bytes=10**8)
@@ -53,7 +53,7 @@ def test_the_slowest_process_has_more_rows_of_a_batch_than_the_mean(batch_size, 
 
 def influence(**kwargs):
     settings = {"loss_fn": F.cross_entropy, "ridge": 0.5, "scale": 5.0, "recursion_depth": 40, "progress": False}
-    return SimpleInfluence.from_dataset(linear(), pairs(300), **{**settings, **kwargs})
+    return SimpleInfluence.from_dataset(two_layers(), pairs(300), **{**settings, **kwargs})
 
 
 def test_the_probe_measures_what_the_run_does(monkeypatch):

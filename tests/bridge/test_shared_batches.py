@@ -7,7 +7,7 @@ from torch import nn
 
 from bridge import SimpleInfluence
 from bridge.data import collate
-from tests.bridge.fakes import linear, pairs
+from tests.bridge.fakes import pairs, two_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore::bridge.diagnostics.InfluenceWarning")
 
@@ -18,7 +18,7 @@ def counted(sizes, **kwargs):
         return collate(instances)
 
     return SimpleInfluence.from_dataset(
-        linear(), pairs(40), loss_fn=F.cross_entropy, collate_fn=count, ridge=0.5, scale=5.0, progress=False,
+        two_layers(), pairs(40), loss_fn=F.cross_entropy, collate_fn=count, ridge=0.5, scale=5.0, progress=False,
         measure_residual=False, lissa_batch_size=8, recursion_depth=12, num_samples=2, **kwargs,
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from bridge import InfluenceWarning, SimpleInfluence
 from lissa import SolverError
-from tests.bridge.fakes import BagOfWords, Reader, Watch, linear, pairs, sentences, text_instance
+from tests.bridge.fakes import BagOfWords, Reader, Watch, linear, pairs, sentences, text_instance, two_layers
 from tests.oracles import dense_gradients, dense_hessian, flatten
 
 # Test problems are small and solved roughly on purpose; the tests that are about warnings look at them.
@@ -507,7 +507,7 @@ class Counting(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.net = linear()
+        self.net = two_layers()
         self.correct, self.calls, self.last = 0, [], None
         self.register_buffer("seen", torch.zeros(1))
 
@@ -522,7 +522,7 @@ class Counting(nn.Module):
 
 def test_a_model_that_vmap_refuses_is_scored_one_by_one(caplog):
     data, tests = pairs(20), pairs(3, seed=1)
-    expected = interpreter(linear(), data).scores(tests)
+    expected = interpreter(two_layers(), data).scores(tests)
     model = Counting()
     watch = Watch(model)
     influence = SimpleInfluence.from_dataset(
