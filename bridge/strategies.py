@@ -27,13 +27,12 @@ from lissa import (
     scoring_plan,
     solve_lissa,
     solve_lissa_stacked,
-    stacked_hvp,
     take,
     traced,
     tree,
 )
 from lissa.scoring import ScoringPlan, forward_work
-from lissa.stacked import StackedMatvec, linearised_stacked_hvp
+from lissa.stacked import Chunks, StackedHvp, StackedMatvec, linearised_stacked_hvp
 
 logger = logging.getLogger(__name__)
 
@@ -224,7 +223,10 @@ def losses(model: Functional) -> Callable[[Batch], Tensor]:
 
 
 def for_each_vector(
-    task: str, fn: Callable[[Params, Any], Any], *stacked: Callable[[Params, Any], Any]
+    task: str,
+    fn: Callable[[Params, Any], Any],
+    *stacked: Callable[[Params, Any], Any],
+    chunk_size: int | None = None,
 ) -> Callable[[Params, Any], Any]:
     """`(v_1, ..., v_K), make -> fn(v_k, make())` for all k, stacked; the first way that runs is kept.
 
@@ -232,13 +234,14 @@ def for_each_vector(
         task: What it is, in words.
         fn: A function of one vector and what `make` makes, anew for each attempt: by vmap, or one vector by one.
         *stacked: Functions of K stacked vectors that do the same and are tried before.
+        chunk_size: Most vectors in one vmap.
     """
 
     def all_stacked(one: Callable[[Params, Any], Any]) -> Callable[[Params, Callable[[], Any]], Any]:
         return lambda vectors, make: one(vectors, make())
 
     def at_once(vectors: Params, make: Callable[[], Any]) -> Any:
-        return torch.vmap(lambda v: fn(v, make()), randomness="same")(vectors)
+        return torch.vmap(lambda v: fn(v, make()), randomness="same", chunk_size=chunk_size)(vectors)
 
     def one_by_one(vectors: Params, make: Callable[[], Any]) -> Any:
         results = [fn(vector, make()) for vector in rows(vectors)]
@@ -286,25 +289,26 @@ def inverse_products(
     """
     settings = {"damping": damping, "scale": scale, "throw": False}
     matvec, stacked = partial(hvp, model.loss_fn, model.params), stacked_matvec(model)
-    solve = for_each_vector(
-        "inverse Hessian-vector products",
-        lambda v, batches: solve_lissa(matvec, v, batches, **settings),
-        lambda vectors, batches: solve_lissa_stacked(stacked, vectors, batches, **settings),
-    )
     recorded = traced(partial(product_of_each, model.loss_fn, model.params))
-    solve_recorded = for_each_vector(
-        "inverse Hessian-vector products, recorded",
-        lambda v, batches: solve_lissa(matvec, v, batches, **settings),
-        lambda vectors, batches: solve_lissa_stacked(recorded, vectors, batches, **settings),
-        lambda vectors, batches: solve_lissa_stacked(stacked, vectors, batches, **settings),
-    )
     most = vectors_at_once(model)
+    chunks = Chunks(most, GRAPHS if most > 1 else 1)
 
-    def in_chunks(vectors: Params, make: Callable[[], Iterable[Batch]]) -> Solution:
-        K = length(vectors)
-        chunks = -(-K // most)
-        size = -(-K // chunks)  # all about as large
-        record = steps_alike * chunks >= MANY_STEPS and model.last_layer is None
+    def solver(*matvecs: StackedMatvec) -> Callable[[Params, Callable[[], Iterable[Batch]]], Solution]:
+        return for_each_vector(
+            "inverse Hessian-vector products",
+            lambda v, batches: solve_lissa(matvec, v, batches, **settings),
+            *(partial(solved_together, each) for each in matvecs),
+            chunk_size=most,
+        )
+
+    def solved_together(matvec: StackedMatvec, vectors: Params, batches: Iterable[Batch]) -> Solution:
+        return solve_lissa_stacked(matvec, vectors, batches, **settings, chunks=chunks)
+
+    solve, solve_recorded = solver(stacked), solver(recorded, stacked)
+
+    def in_groups(vectors: Params, make: Callable[[], Iterable[Batch]]) -> Solution:
+        K = size = length(vectors)
+        record = steps_alike * -(-K // most) >= MANY_STEPS and model.last_layer is None
         solve_some = solve_recorded if record else solve
         parts: list[Solution] = []
         start = 0
@@ -320,12 +324,12 @@ def inverse_products(
                 logger.warning("Out of memory: going on with %d right-hand sides at a time.", size)
         return parts[0] if len(parts) == 1 else pytree.tree_map(lambda *t: torch.cat(t), *parts)
 
-    return in_chunks
+    return in_groups
 
 
 def stacked_matvec(model: Functional) -> StackedMatvec:
     """`matvec(batch, (v_1, ..., v_K)) -> H v_k`, stacked."""
-    return partial(stacked_hvp, model.loss_fn, model.params) if model.last_layer is None else model.last_layer
+    return StackedHvp(model.loss_fn, model.params) if model.last_layer is None else model.last_layer
 
 
 def vectors_at_once(model: Functional) -> int:
@@ -342,6 +346,9 @@ def product_of_each(loss_fn: LossFn, params: Params, batch: Batch, vectors: Para
 
 MANY_STEPS = 500
 """Steps from which on a recording of the product pays: it takes 50 to 200 ms and saves about 0.3 ms a step."""
+
+GRAPHS = 16
+"""Graphs of a loss that are kept at a time, where vectors are small and graphs are therefore too."""
 
 CACHE_BYTES = 2**23
 """The size of a stack of vectors that LiSSA steps through at a time on a CPU: several such fit into a shared cache."""

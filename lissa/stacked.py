@@ -5,8 +5,10 @@ step costs one gradient, one batched pull-back and a few passes over `K P` numbe
 Knows the recursion of `lissa.recursion`; knows nothing of where batches come from.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol, TypeAlias, runtime_checkable
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,6 +22,19 @@ from lissa.types import Batch, LossFn, Params, Solution, Status
 
 StackedMatvec: TypeAlias = Callable[[Batch, Params], Params]
 """`matvec(batch, vectors) -> H_batch v_k` for each k: tensors of shape `(K, *shape)`, there and back."""
+
+
+@runtime_checkable
+class Linearising(Protocol):
+    """A stacked matvec that does what a batch's products have in common once, as `StackedHvp` does."""
+
+    def __call__(self, batch: Batch, vectors: Params, /) -> Params:
+        """`H_batch v_k`."""
+        ...
+
+    def at(self, batch: Batch) -> Callable[[Params], Params]:
+        """`vectors -> H_batch v_k`."""
+        ...
 
 
 @runtime_checkable
@@ -108,6 +123,27 @@ def linearised_stacked_hvp(loss_fn: LossFn, params: Params, batch: Batch) -> Cal
     return products
 
 
+class StackedHvp(NamedTuple):
+    """`stacked_hvp(loss_fn, params, ...)` as a `StackedMatvec` that builds a batch's graph once.
+
+    Example:
+        >>> matvec = StackedHvp(lambda p, x: (p["w"] ** 3 * x).sum(), {"w": torch.ones(2)})
+        >>> matvec(torch.ones(2), {"w": torch.tensor([[1.0, 2.0]])})
+        {'w': tensor([[ 6., 12.]])}
+    """
+
+    loss_fn: LossFn
+    params: Params
+
+    def __call__(self, batch: Batch, vectors: Params) -> Params:
+        """`H_batch v_k`."""
+        return self.at(batch)(vectors)
+
+    def at(self, batch: Batch) -> Callable[[Params], Params]:
+        """`vectors -> H_batch v_k`, with the gradient's graph, which lives as long as this."""
+        return linearised_stacked_hvp(self.loss_fn, self.params, batch)
+
+
 def _pulled_back(
     outputs: tuple[Tensor, ...], leaves: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]
 ) -> Iterable[Tensor]:
@@ -127,6 +163,18 @@ def _pulled_back(
         return map(torch.stack, zip(*products, strict=True))
 
 
+class Chunks(NamedTuple):
+    """How many of K right-hand sides take how many steps before the next ones do: what they need may fit into a cache.
+
+    Attributes:
+        size: Most right-hand sides in a chunk, all of which are about as large.
+        steps: Most steps. The batches of so many are held, with what a `Linearising` matvec makes of each.
+    """
+
+    size: int
+    steps: int = 1
+
+
 def solve_lissa_stacked(
     matvec: StackedMatvec,
     v: Params,
@@ -135,6 +183,7 @@ def solve_lissa_stacked(
     damping: float = 0.0,
     scale: float = 1.0,
     state: LissaRun | None = None,
+    chunks: Chunks | None = None,
     throw: bool = True,
 ) -> Solution:
     """`x_k ~ (H + damping I)^-1 v_k` by `h_k <- v_k + h_k - (H_t h_k + damping h_k) / scale`, `x_k = h_k / scale`.
@@ -142,13 +191,14 @@ def solve_lissa_stacked(
     The same as `torch.vmap` of `solve_lissa` on the same batches, up to rounding.
 
     Args:
-        matvec: `matvec(batch, vectors) -> products`, for instance `partial(stacked_hvp, loss_fn, params)`.
+        matvec: `matvec(batch, vectors) -> products`, for instance `lissa.stacked.StackedHvp(loss_fn, params)`.
         v: K right-hand sides, stacked.
         batches: One batch a step; each has equal weight.
         damping: In the units of `H`.
         scale: In the units of `H`. The step size is `1 / scale`; it never changes the answer.
         state: `state` of the solution that an earlier call ended with; given the batches that come next, the result is
             bit for bit that of one long call (up to rounding, where the matvec is a `Stepper`).
+        chunks: How many right-hand sides are multiplied by together, and for how many steps; all, if not given.
         throw: Whether a failure raises `SolverError`. If False, it is data: `status` names it, `value` is all NaN.
 
     Returns:
@@ -173,32 +223,31 @@ def solve_lissa_stacked(
     checks.params("solve_lissa_stacked", v, "v")
     checks.non_negative("solve_lissa_stacked", "damping", damping)
     checks.positive("solve_lissa_stacked", "scale", scale)
+    for name, count in (chunks._asdict() if chunks else {}).items():
+        checks.count("solve_lissa_stacked", f"chunks.{name}", count)
     first = 0 if state is None else host.largest(state.state.step)
     run, c = state or _start(v), damping / scale
     h = tree.map(torch.clone, run.state.h)
-    if isinstance(matvec, Stepper) and c <= _MOST_DAMPED:
-        steps: _Steps = _StepsTogether(matvec, h, v, c, scale)
-    else:
-        steps = _Steps(matvec, h, v, c, scale)
+    together = isinstance(matvec, Stepper) and c <= _MOST_DAMPED
+    steps = (_StepsTogether if together else _Steps)(matvec, h, v, c, scale, chunks or Chunks(max(1, len(run.length))))
     trace: list[Tensor] = []
-    unseen = False  # whether nobody has looked at the residual of the latest step
-    taken = first
-    for taken, batch in enumerate(batches, start=first + 1):
-        unseen = not _is_look(taken) and c <= _MOST_DAMPED
-        if unseen:
-            steps.take(batch)
+    taken, before = first, run
+    for taken, (batch, last) in enumerate(_marking_the_last(batches), start=first + 1):
+        look = _is_look(taken) or c > _MOST_DAMPED
+        found = steps.take(batch, look=look, measure=look or last)
+        before = run
+        if found is None:
             trace.append(torch.full_like(run.length, torch.nan))
         else:
-            residual = steps.take_and_look(batch)
-            run = _look(run, steps.h, residual, taken, trace)
+            run = _judged(run, *found, taken, trace)
+        if look:
+            before = run
         if taken % CHECK_EVERY == 0 and not host.any_true(run.status == RUNNING):
             break
-    residual = steps.look() if unseen else None
-    h, step = steps.h, torch.where(run.status == RUNNING, taken, run.state.step)
-    end = run._replace(state=run.state._replace(h=h, step=step))  # without the look below, as one long call would be
-    if residual is not None:
-        trace.pop()
-        run = _look(run, h, residual, taken, trace)
+    # Without the judgement of a last step that one long call would not have looked at.
+    step = torch.where(before.status == RUNNING, taken, before.state.step)
+    end = before._replace(state=before.state._replace(h=h, step=step))
+    run = run._replace(state=run.state._replace(step=torch.where(run.status == RUNNING, taken, run.state.step)))
     solution = outcome.solution(
         {},
         status=run.status,
@@ -234,76 +283,103 @@ def _start(v: Params) -> LissaRun:
     return LissaRun(LissaState(v, length, none), {}, status, length, rising=none, settled=none)
 
 
-def _look(run: LissaRun, h: Params, residual: Params, step: int, trace: list[Tensor]) -> LissaRun:
-    """Judges the step to `h`; what has failed goes on, as its value is NaN in the end anyway, but keeps its record."""
+def _judged(run: LissaRun, residual_norm: Tensor, size: Tensor, step: int, trace: list[Tensor]) -> LissaRun:
+    """Judges the step; what has failed goes on, as its value is NaN in the end anyway, but keeps its record."""
     running = run.status == RUNNING
-    residual_norm = norms(residual)
     trace.append(torch.where(running, residual_norm, torch.nan))
-    judged = judge_step(run, residual_norm, norms(h), torch.full_like(run.state.step, step), rtol=None)
+    judged = judge_step(run, residual_norm, size, torch.full_like(run.state.step, step), rtol=None)
     kept = LissaState(
         {}, torch.where(running, residual_norm, run.state.residual_norm), torch.where(running, step, run.state.step)
     )
     return judged._replace(state=kept)
 
 
+def _marking_the_last(batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
+    """Each batch, and whether it is the last, which is known once the next is asked for."""
+    iterator = iter(batches)
+    waiting = [*itertools.islice(iterator, 1)]
+    for batch in iterator:
+        yield waiting.pop(), False
+        waiting.append(batch)
+    yield from ((batch, True) for batch in waiting)
+
+
 class _Steps:
-    """The iterates `h`, and the steps `h <- v + (1 - c) h - H_t h / scale` that change them in place."""
+    """The iterates `h`, and the steps `h <- v + (1 - c) h - H_t h / scale` that change them in place.
 
-    def __init__(self, matvec: StackedMatvec, h: Params, v: Params, c: float, scale: float):
-        self.h = h
-        self.matvec, self.v, self.c, self.scale = matvec, v, c, scale
-        self.target = tree.scale(1 / c, v) if c else v
-        self.H_h: Params | None = None
+    A chunk of right-hand sides takes the steps that wait before the next chunk does, so that it stays in the cache.
+    """
 
-    def take(self, batch: Batch) -> None:
-        """One step."""
-        H_h = self._product(batch)
-        for k, h in self.h.items():
-            _ = h.lerp_(self.target[k], self.c) if self.c else h.add_(self.v[k])  # h <- (1 - c) h + v
-            h.sub_(H_h[k], alpha=1 / self.scale)
+    def __init__(self, matvec: StackedMatvec, h: Params, v: Params, c: float, scale: float, chunks: "Chunks"):
+        self.matvec, self.c, self.scale, self.most = matvec, c, scale, chunks.steps
+        target = tree.scale(1 / c, v) if c else v
+        parts = _parts(v, chunks.size)
+        self.parts = [[{k: t[part] for k, t in x.items()} for x in (h, v, target)] for part in parts]
+        self.waiting: list[Batch] = []
 
-    def take_and_look(self, batch: Batch) -> Params:
-        """One step, and its residual `v - (H_t + damping) h / scale`, which is what it adds to `h`."""
-        H_h, residual = self._product(batch), {}
-        for k, h in self.h.items():
-            residual[k] = torch.sub(self.v[k], H_h[k], alpha=1 / self.scale).sub_(h, alpha=self.c)
-            h.add_(residual[k])
-        return residual
+    def take(self, batch: Batch, *, look: bool, measure: bool) -> tuple[Tensor, Tensor] | None:
+        """One step, now or together with the next; if it is measured, the norms of its residuals and iterates.
 
-    def look(self) -> Params:
-        """The residual `b - c h_t`, `b = v - H_h / scale`, of the latest step, which led to `h = b + (1 - c) h_t`."""
-        c, residual = self.c, {}
-        for k, H_h in (self.H_h or {}).items():
-            b = torch.sub(self.v[k], H_h, alpha=1 / self.scale)
-            residual[k] = b.sub(self.h[k] - b, alpha=c / (1 - c))
-        return residual
+        A step that is looked at adds its residual to `h`, which makes it precise; another leaves it to be told from
+        what the step did.
+        """
+        self.waiting.append(batch)
+        if not measure and len(self.waiting) < self.most:
+            return None
+        (*batches, last), self.waiting = self.waiting, []
+        norms_of = self._take_all(batches, last, look, measure)
+        if not measure:
+            return None
+        residual_norms, sizes = zip(*norms_of, strict=True)
+        return torch.cat(residual_norms), torch.cat(sizes)
 
-    def _product(self, batch: Batch) -> Params:
-        self.H_h = None  # its memory serves for the next
-        self.H_h = _apart_from(self.h, self.matvec(batch, self.h))
-        return self.H_h
+    def _take_all(self, batches: list[Batch], last: Batch, look: bool, measure: bool) -> list[tuple[Tensor, Tensor]]:
+        *products, product = map(self._product, [*batches, last])
+        found = []
+        for part in self.parts:
+            for each in products:
+                self._take_part(each, *part, look=False, measure=False)
+            found.append(self._take_part(product, *part, look=look, measure=measure))
+        return found
+
+    def _product(self, batch: Batch) -> Callable[[Params], Params]:
+        return self.matvec.at(batch) if isinstance(self.matvec, Linearising) else partial(self.matvec, batch)
+
+    def _take_part(
+        self, product: Callable[[Params], Params], h: Params, v: Params, target: Params, *, look: bool, measure: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        c, H_h, residual = self.c, _apart_from(h, product(h)), {}
+        for k, t in h.items():
+            if look:  # r = v - H_h / scale - c h
+                residual[k] = torch.sub(v[k], H_h[k], alpha=1 / self.scale).sub_(t, alpha=c)
+                t.add_(residual[k])
+                continue
+            _ = t.lerp_(target[k], c) if c else t.add_(v[k])  # (1 - c) h + v
+            t.sub_(H_h[k], alpha=1 / self.scale)
+            if measure:  # r = b - c h, as the step led to b + (1 - c) h
+                b = torch.sub(v[k], H_h[k], alpha=1 / self.scale)
+                residual[k] = b.sub(t - b, alpha=c / (1 - c))
+        return (norms(residual), norms(h)) if residual else None
 
 
 class _StepsTogether(_Steps):
-    """The same with a `Stepper`: steps wait until one is looked at."""
+    """The same with a `Stepper`, for all steps but the last."""
 
-    def __init__(self, matvec: Stepper, h: Params, v: Params, c: float, scale: float):
-        self.h = h
-        self.matvec, self.v, self.c, self.scale = matvec, v, c, scale
+    def __init__(self, matvec: Stepper, h: Params, v: Params, c: float, scale: float, chunks: "Chunks"):
+        super().__init__(matvec, h, v, c, scale, chunks._replace(steps=CHECK_EVERY))
         self.stepper = matvec
-        self.waiting: list[Batch] = []
 
-    def take(self, batch: Batch) -> None:
-        self.waiting.append(batch)
+    def _take_all(self, batches: list[Batch], last: Batch, look: bool, measure: bool) -> list[tuple[Tensor, Tensor]]:
+        for h, v, _ in self.parts if batches else ():
+            self.stepper.advance(batches, h, v, decay=1 - self.c, rate=1 / self.scale)
+        return super()._take_all([], last, look=True, measure=measure)
 
-    def take_and_look(self, batch: Batch) -> Params:
-        if self.waiting:
-            self.stepper.advance(self.waiting, self.h, self.v, decay=1 - self.c, rate=1 / self.scale)
-            self.waiting = []
-        return super().take_and_look(batch)
 
-    def look(self) -> Params:
-        return self.take_and_look(self.waiting.pop())
+def _parts(x: Params, size: int) -> list[slice]:
+    """Slices of at most `size` of K vectors, all about as long."""
+    K = len(next(iter(x.values())))
+    count = max(1, -(-K // size))
+    return [slice(i * K // count, (i + 1) * K // count) for i in range(count)]
 
 
 def _apart_from(h: Params, product: Params) -> Params:

@@ -9,7 +9,7 @@ from torch import nn
 import lissa
 from lissa import Status, hvp, solve_lissa, solve_lissa_stacked, stacked_hvp, tree
 from lissa.recursion import CHECK_EVERY
-from lissa.stacked import norms
+from lissa.stacked import Chunks, StackedHvp, norms, vdots
 from tests import problems
 from tests.problems import random_vectors
 
@@ -121,3 +121,37 @@ def test_settings_out_of_range_are_refused(name, value):
 def test_norms_are_over_all_but_the_first_dimension():
     x = {"w": torch.tensor([[[3.0, 0.0]], [[0.0, 0.0]]]), "b": torch.tensor([4.0, 2.0])}
     assert norms(x).tolist() == [5.0, 2.0]
+
+
+@pytest.mark.parametrize("together", [1, 5, 16])
+@pytest.mark.parametrize("steps", [0, 1, 7, 16, 33])
+def test_products_a_few_vectors_at_a_time_build_one_graph_a_step(steps, together):
+    problem = problems.mlp(seed=0)
+    vectors, built = random_vectors(problem, 5), []
+
+    def loss_fn(params, batch):
+        built.append(1)
+        return problem.loss_fn(params, batch)
+
+    settings = {"damping": 1.0, "scale": 100.0}
+    batches = [problem.batch] * steps
+    whole = solve_lissa_stacked(partial(stacked_hvp, problem.loss_fn, problem.params), vectors, batches, **settings)
+    matvec = StackedHvp(loss_fn, problem.params)
+    parts = solve_lissa_stacked(matvec, vectors, batches, **settings, chunks=Chunks(2, together))
+    assert len(built) == steps
+    # The same sums in another order: rounding of float64, which stable steps do not amplify.
+    torch.testing.assert_close(parts.value, whole.value, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(parts.residual_trace, whole.residual_trace, rtol=1e-9, atol=1e-11, equal_nan=True)
+    assert parts.steps.tolist() == whole.steps.tolist()
+
+
+def test_a_chunk_of_no_vectors_is_refused():
+    with pytest.raises(ValueError, match=r"solve_lissa_stacked\(chunks.size="):
+        solve_lissa_stacked(lambda b, v: v, {"x": torch.ones(1, 2)}, [None], chunks=Chunks(0))
+
+
+def test_inner_products_and_norms_of_stacked_vectors():
+    x = {"w": torch.randn(3, 2, 4, dtype=torch.float64), "b": torch.randn(3, dtype=torch.float64)}
+    y = tree.map(torch.randn_like, x)
+    torch.testing.assert_close(vdots(x, y), torch.vmap(tree.vdot)(x, y))
+    torch.testing.assert_close(norms(x), torch.vmap(tree.norm)(x))
