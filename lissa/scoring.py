@@ -26,7 +26,7 @@ class ForwardWork(NamedTuple):
     Attributes:
         operations: Number of kernels.
         multiplications: In matrix products and convolutions.
-        read: Numbers that operations read, parameters aside.
+        read: Numbers that operations read, of embeddings the rows looked up, and no other parameters.
         written: Numbers that operations write.
         largest: Numbers of the largest tensor written.
         tables: Numbers of the embeddings that rows are looked up in.
@@ -77,17 +77,17 @@ def plan_scoring(
     """The cheaper method and its chunk, for n examples, K vectors, P parameters and the work W of a forward pass.
 
         t(jvp)       = chunks (N a + 2 K (P + 2 V) w) + n (K + 1) (F m + M w)
-        t(gradients) = chunks (N a + 2 K P w) + n (2 F m + 3 M w + 2 P w + K P m)
+        t(gradients) = chunks (N a + 2 K P w) + n (2 (F m + M w) + P (2 w + K m))
 
     with N operations, F multiplications, M numbers read or written and V numbers in embedding tables of W. A jvp pushes
-    the example and K vectors through the forward pass. A gradient takes a forward pass and a backward pass, which moves
-    twice as much, and P numbers that are written and read again, for K products. Either reads all vectors for each
-    chunk, and the jvp copies the embeddings of all vectors, to look up rows in all of them at once.
+    the example and K vectors through the forward pass. A gradient takes a forward and a backward pass, and P numbers
+    that are written, and read again for K products. Either reads all vectors for each chunk, and the jvp copies the
+    embedding tables of all vectors, to look up rows in all of them at once.
 
-    Three constants are of the machine, one core with float32: a = 50 us to call a kernel through `torch.func`,
-    m = 10 ps a multiplication (200 GFLOP/s), w = 0.25 ns a number moved (16 GB/s). What is chosen depends on their
-    ratios alone, and little on these: where both times are alike, either will do. `python -m benchmarks.scoring`
-    measures, and judges the choice.
+    Three constants are of the machine, here one core with float32: a = 50 us to call a kernel through `torch.func`,
+    m = 10 ps a multiplication (200 GFLOP/s), w = 0.3 ns a number moved (13 GB/s). What is chosen depends on their
+    ratios alone, and little on those: where it would, both times are alike. `python -m benchmarks.scoring` measures,
+    and judges the choice.
 
     A chunk holds no more than `numbers`, or as much as the vectors do, which are there anyway. For an example, what the
     forward pass writes is counted, and its largest tensor once more: K times for jvp, and with two gradients besides
@@ -119,13 +119,13 @@ def plan_scoring(
     seconds = {
         "jvp": chunks["jvp"] * (N * a + 2 * K * (P + 2 * V) * w) + n * (K + 1) * (F * m + M * w),
         "per-example-gradients": chunks["per-example-gradients"] * (N * a + 2 * K * P * w)
-        + n * (2 * F * m + 3 * M * w + 2 * P * w + K * P * m),
+        + n * (2 * (F * m + M * w) + P * (2 * w + K * m)),
     }
     method = min(seconds, key=lambda method: seconds[method])
     return ScoringPlan(method, {method: -(-n // count) for method, count in chunks.items()}, seconds)
 
 
-a, m, w = 50e-6, 10e-12, 0.25e-9
+a, m, w = 50e-6, 10e-12, 0.3e-9
 """Seconds: to call a kernel, of a multiplication, and to read or write a number; see `plan_scoring`."""
 
 
@@ -157,6 +157,7 @@ class _Counter(TorchDispatchMode):
             self.multiplications += formula(*args, **(kwargs or {}), out_val=out) // 2
         if packet is torch.ops.aten.embedding:
             self.tables += args[0].numel()
+            self.read += out.numel()
         read = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         self.read += sum(t.numel() for t in read if _memory(t) not in self.parameters)
         written = [t.numel() for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
