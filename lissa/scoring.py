@@ -86,8 +86,9 @@ def plan_scoring(
 
     Three constants are of the machine, here one core with float32: a = 50 us to call a kernel through `torch.func`,
     m = 10 ps a multiplication (200 GFLOP/s), w = 0.3 ns a number moved (13 GB/s). What is chosen depends on their
-    ratios alone, and little on those: where it would, both times are alike. `python -m benchmarks.scoring` measures,
-    and judges the choice.
+    ratios alone, and little on those: where it would, both times are alike. In 308 cases, 128 of them of models that
+    the formula was not made for, it chose the faster method in 95%, the slower one took at most 1.3 times as long, and
+    the times were off by a factor of 1.15 in the median: `python -m benchmarks.scoring`.
 
     A chunk holds no more than `numbers`, or as much as the vectors do, which are there anyway. For an example, what the
     forward pass writes is counted, and its largest tensor once more: K times for jvp, and with two gradients besides
