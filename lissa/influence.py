@@ -119,13 +119,23 @@ def scoring_plan(
         batch: Tensors that share their first dimension.
         vectors: How many are stacked.
         examples: How many there will be to score; the default is those of the batch.
-        numbers: Most numbers in one tensor of a chunk.
+        numbers: Most numbers that a chunk holds.
 
     Returns:
         The plan; `influence_scores(..., method=plan)` follows it.
 
     Raises:
         ValueError: If the tensors of the batch do not share their first dimension.
+
+    Example:
+        >>> def example_losses(params, x):
+        ...     return (x @ params["w"]).square() / 2
+        >>> params, x = {"w": torch.ones(500)}, torch.ones(1000, 500)
+        >>> few, many = (scoring_plan(example_losses, params, x, vectors) for vectors in (1, 1000))
+        >>> few.method, many.method
+        ('jvp', 'per-example-gradients')
+        >>> influence_scores(example_losses, params, {"w": torch.ones(1, 500)}, x, method=few).shape
+        torch.Size([1, 1000])
     """
     n = sampling.batch_length("scoring_plan", batch)
     work = forward_work(example_loss_fn, params, sampling.take(batch, slice(0, 1)))

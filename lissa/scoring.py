@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lissa.types import Batch, ExampleLossFn, Params
 
-NUMBERS_AT_ONCE = {"cpu": 2**22, "cuda": 2**26}
-"""Most numbers in one tensor of a chunk: 16 MiB in float32 on a CPU, where larger ones leave the cache and cost page
-faults (a chunk of 128 MiB takes up to five times as long), and 256 MiB elsewhere, where small chunks cost launches."""
+NUMBERS_AT_ONCE = {"cpu": 10 * 2**20, "cuda": 2**27}
+"""Most numbers that a chunk holds. On a CPU 40 MiB in float32: an allocator that gives freed memory back to the system
+beyond 64 MiB, as glibc's does, pays for it with page faults, and a chunk takes two to four times as long. Elsewhere
+512 MiB, as small chunks cost launches."""
 
 
 class ForwardWork(NamedTuple):
@@ -24,14 +26,18 @@ class ForwardWork(NamedTuple):
     Attributes:
         operations: Number of kernels.
         multiplications: In matrix products and convolutions.
+        read: Numbers that operations read, of embeddings the rows looked up, and no other parameters.
         written: Numbers that operations write.
         largest: Numbers of the largest tensor written.
+        tables: Numbers of the embeddings that rows are looked up in.
     """
 
     operations: int
     multiplications: int
+    read: int
     written: int
     largest: int
+    tables: int = 0
 
 
 class ScoringPlan(NamedTuple):
@@ -58,11 +64,11 @@ def forward_work(example_loss_fn: ExampleLossFn, params: Params, example: Batch)
 
     Example:
         >>> forward_work(lambda p, x: (x @ p["w"]).square().squeeze(1), {"w": torch.ones(3, 1)}, torch.ones(1, 3))
-        ForwardWork(operations=2, multiplications=3, written=2, largest=1)
+        ForwardWork(operations=2, multiplications=3, read=4, written=2, largest=1, tables=0)
     """
-    with torch.no_grad(), _Counter() as counter:
+    with torch.no_grad(), _Counter(params) as counter:
         example_loss_fn(params, example)
-    return ForwardWork(counter.operations, int(counter.multiplications), counter.written, counter.largest)
+    return counter.work()
 
 
 def plan_scoring(
@@ -70,14 +76,23 @@ def plan_scoring(
 ) -> ScoringPlan:
     """The cheaper method and its chunk, for n examples, K vectors, P parameters and the work W of a forward pass.
 
-        t(jvp)       = chunks (N t_1 + K P t_4) + n K (F t_2 + E t_3)
-        t(gradients) = chunks N u_1 + n (F u_2 + E u_3 + P u_4 + K P u_5)
+        t(jvp)       = chunks (N a + 2 K (P + 2 V) w) + n (K + 1) (F m + M w)
+        t(gradients) = chunks (N a + 2 K P w) + n (2 (F m + M w) + P (2 w + K m))
 
-    with N operations, F multiplications and E numbers written in W. A jvp pushes each vector through each example's
-    forward pass, and reads all vectors for each chunk; a gradient costs a backward pass and P numbers to write, and
-    each vector then a product with them. The constants are fits, to one digit, to which of the two was faster in 360
-    measurements on one core: they are made to choose, and a time may be off by a factor of three.
-    `python -m benchmarks.scoring` measures again and judges the choice.
+    with N operations, F multiplications, M numbers read or written and V numbers in embedding tables of W. A jvp pushes
+    the example and K vectors through the forward pass. A gradient takes a forward and a backward pass, and P numbers
+    that are written, and read again for K products. Either reads all vectors for each chunk, and the jvp copies the
+    embedding tables of all vectors, to look up rows in all of them at once.
+
+    Three constants are of the machine, here one core with float32: a = 50 us to call a kernel through `torch.func`,
+    m = 10 ps a multiplication (200 GFLOP/s), w = 0.3 ns a number moved (13 GB/s). What is chosen depends on their
+    ratios alone, and little on those: where it would, both times are alike. In 308 cases, 128 of them of models that
+    the formula was not made for, it chose the faster method in 95%, the slower one took at most 1.3 times as long, and
+    the times were off by a factor of 1.15 in the median: `python -m benchmarks.scoring`.
+
+    A chunk holds no more than `numbers`, or as much as the vectors do, which are there anyway. For an example, what the
+    forward pass writes is counted, and its largest tensor once more: K times for jvp, and with two gradients besides
+    for gradients. Chunks are even.
 
     Args:
         work: Of one example.
@@ -85,50 +100,50 @@ def plan_scoring(
         vectors: K.
         parameters: P.
         device: The type of device, for the chunk.
-        numbers: Most numbers in one tensor of a chunk; the default is `NUMBERS_AT_ONCE`.
+        numbers: Most numbers that a chunk holds; the default is `NUMBERS_AT_ONCE`.
 
     Returns:
         The plan.
 
     Example:
-        >>> work = ForwardWork(operations=7, multiplications=7840, written=22, largest=10)  # softmax regression
-        >>> plans = [plan_scoring(work, examples=1000, vectors=K, parameters=7850) for K in (1, 1000)]
+        >>> softmax_regression = ForwardWork(operations=7, multiplications=7840, read=850, written=22, largest=10)
+        >>> plans = [plan_scoring(softmax_regression, examples=1000, vectors=K, parameters=7850) for K in (1, 1000)]
         >>> [plan.method for plan in plans]
         ['jvp', 'per-example-gradients']
     """
     n, K, P = examples, vectors, parameters
-    N, F, E, largest = work
-    most = numbers or NUMBERS_AT_ONCE.get(device, NUMBERS_AT_ONCE["cuda"])
-    most = max(most, K * P)  # the vectors themselves take as much
-    sizes = {
-        "jvp": _between(1, most // (2 * K * max(1, largest)), n),
-        "per-example-gradients": _between(1, most // max(1, P, largest), n),
-    }
-    jvp, gradients = (-(-n // size) for size in sizes.values())
+    N, F, V, M = work.operations, work.multiplications, work.tables, work.read + work.written
+    most = max(numbers or NUMBERS_AT_ONCE.get(device, NUMBERS_AT_ONCE["cuda"]), K * P)
+    passed = work.written + work.largest
+    held = {"jvp": K * max(1, passed), "per-example-gradients": 2 * P + passed}
+    chunks = {method: -(-n // max(1, most // of_one)) for method, of_one in held.items()}
     seconds = {
-        "jvp": jvp * (N * t_1 + K * P * t_4) + n * K * (F * t_2 + E * t_3),
-        "per-example-gradients": gradients * N * u_1 + n * (F * u_2 + E * u_3 + P * u_4 + K * P * u_5),
+        "jvp": chunks["jvp"] * (N * a + 2 * K * (P + 2 * V) * w) + n * (K + 1) * (F * m + M * w),
+        "per-example-gradients": chunks["per-example-gradients"] * (N * a + 2 * K * P * w)
+        + n * (2 * (F * m + M * w) + P * (2 * w + K * m)),
     }
     method = min(seconds, key=lambda method: seconds[method])
-    return ScoringPlan(method, sizes, seconds)
+    return ScoringPlan(method, {method: -(-n // count) for method, count in chunks.items()}, seconds)
 
 
-t_1, t_2, t_3, t_4 = 30e-6, 40e-12, 2e-9, 2e-9
-u_1, u_2, u_3, u_4, u_5 = 20e-6, 10e-12, 0.3e-9, 4e-9, 4e-12
-"""Seconds of an operation, a multiplication, a number written, ..., see `plan_scoring`."""
-
-
-def _between(low: int, value: int, high: int) -> int:
-    return max(low, min(value, high))
+a, m, w = 50e-6, 10e-12, 0.3e-9
+"""Seconds: to call a kernel, of a multiplication, and to read or write a number; see `plan_scoring`."""
 
 
 class _Counter(TorchDispatchMode):
-    """Counts the kernels that run inside of it, what they multiply, and what they write."""
+    """Counts the kernels that run inside of it, what they multiply, read and write."""
 
-    def __init__(self) -> None:
+    def __init__(self, params: Params) -> None:
         super().__init__()
-        self.operations = self.multiplications = self.written = self.largest = 0
+        self.operations = self.multiplications = self.read = self.written = self.largest = self.tables = 0
+        self.parameters = {_memory(p) for p in params.values()}
         self.formulas = _formulas()
+
+    def work(self) -> ForwardWork:
+        """What was counted."""
+        return ForwardWork(
+            self.operations, int(self.multiplications), self.read, self.written, self.largest, self.tables
+        )
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -137,13 +152,27 @@ class _Counter(TorchDispatchMode):
         if getattr(func, "is_view", False):
             return out
         self.operations += 1
-        formula = self.formulas.get(getattr(func, "overloadpacket", None))
+        packet = getattr(func, "overloadpacket", None)
+        formula = self.formulas.get(packet)
         if formula is not None:
             self.multiplications += formula(*args, **(kwargs or {}), out_val=out) // 2
-        sizes = [t.numel() for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, Tensor)]
-        self.written += sum(sizes)
-        self.largest = max(self.largest, *sizes, 0)
+        if packet is torch.ops.aten.embedding:
+            self.tables += args[0].numel()
+            self.read += out.numel()
+        read = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        self.read += sum(t.numel() for t in read if _memory(t) not in self.parameters)
+        written = [t.numel() for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
+        self.written += sum(written)
+        self.largest = max(self.largest, *written, 0)
         return out
+
+
+def _memory(t: Tensor) -> int | None:
+    """Where a tensor and its views are, if they are anywhere."""
+    try:
+        return t.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):
+        return None
 
 
 def _formulas() -> dict[Any, Callable[..., int]]:

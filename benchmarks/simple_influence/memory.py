@@ -34,6 +34,7 @@ JOBS: list[dict[str, Any]] = [
     {"n": 20_000, "max_memory": 10**8},
     {"n": 20_000, "to_file": True},
     {"n": 200_000},
+    {"n": 200_000, "to_file": True},
 ]
 
 

@@ -18,9 +18,21 @@ def test_the_work_of_an_example():
     work = forward_work(example_losses, params, (torch.ones(1, 5), torch.zeros(1, dtype=torch.long)))
     assert work.multiplications == 5 * 4 + 4 * 3
     assert work.largest == 4
+    assert work.tables == 0
     # Two products, tanh, log-softmax and the loss of each example, with the weight that torch's kernel also returns.
     assert work.operations == 5
     assert 4 + 4 + 3 + 3 + 1 <= work.written <= 4 + 4 + 3 + 3 + 2
+    # Each operation reads what the one before wrote, the first the example and the last a label too.
+    assert work.read == 5 + 4 + 4 + 3 + 3 + 1
+
+
+def test_the_work_of_an_embedding_is_in_its_table():
+    table = torch.ones(7, 4)
+    work = forward_work(lambda p, x: F.embedding(x, p["table"]).sum((1, 2)), {"table": table}, torch.zeros(1, 3).long())
+    assert work.tables == 7 * 4
+    assert work.written == 3 * 4 + 1
+    assert work.read == 3 + 3 * 4 + 3 * 4  # the indices and their rows, and the rows once more for their sum
+    assert work.multiplications == 0
 
 
 def test_counting_neither_differentiates_nor_draws():
@@ -31,27 +43,52 @@ def test_counting_neither_differentiates_nor_draws():
     assert torch.equal(before, torch.get_rng_state())
 
 
-WORK = ForwardWork(operations=10, multiplications=10_000, written=1_000, largest=500)
+WORK = ForwardWork(operations=10, multiplications=10_000, read=1_000, written=1_000, largest=500)
 
 
 @pytest.mark.parametrize("vectors", [1, 10, 100])
 @pytest.mark.parametrize("parameters", [10_000, 10**6])
-def test_chunks_keep_to_the_numbers_they_may_hold_or_the_vectors_do(vectors, parameters):
+def test_chunks_hold_what_they_may_or_as_much_as_the_vectors(vectors, parameters):
+    held = {"jvp": vectors * (1_000 + 500), "per-example-gradients": 2 * parameters + 1_000 + 500}
     for numbers in (10**5, 10**7):
         plan = plan_scoring(WORK, examples=10**6, vectors=vectors, parameters=parameters, numbers=numbers)
-        size = 2 * vectors * WORK.largest if plan.method == "jvp" else parameters
-        assert plan.chunk_size == 1 or plan.chunk_size * size <= max(numbers, vectors * parameters)
+        for method, size in plan.chunk_sizes.items():
+            assert size == 1 or size * held[method] <= max(numbers, vectors * parameters)
+
+
+def test_chunks_are_even():
+    sizes = {
+        n: plan_scoring(WORK, examples=n, vectors=1, parameters=1, numbers=15_000).chunk_sizes for n in (10, 11, 25)
+    }
+    assert {n: size["jvp"] for n, size in sizes.items()} == {10: 10, 11: 6, 25: 9}  # at most ten of 1,500 numbers each
 
 
 def test_many_vectors_and_long_sequences_favour_gradients_and_many_parameters_favour_jvp():
-    def method(vectors=10, parameters=10_000, times_as_long=1):
-        work = ForwardWork(10, 10_000 * times_as_long, 1_000 * times_as_long, 500 * times_as_long)
+    def method(vectors=10, parameters=10_000, times_as_long=1, tables=0):
+        work = ForwardWork(
+            operations=10,
+            multiplications=10_000 * times_as_long,
+            read=1_000 * times_as_long,
+            written=1_000 * times_as_long,
+            largest=500 * times_as_long,
+            tables=tables,
+        )
         return plan_scoring(work, examples=1000, vectors=vectors, parameters=parameters).method
 
     assert method(vectors=1) == "jvp"
     assert method(vectors=1000) == "per-example-gradients"
     assert method(times_as_long=100) == "per-example-gradients"
     assert method(parameters=10**6) == "jvp"
+    assert method(parameters=10**6, tables=10**10) == "per-example-gradients"
+
+
+def test_the_times_are_those_of_the_formula():
+    plan = plan_scoring(WORK, examples=100, vectors=10, parameters=1_000, numbers=150_000)  # ten chunks by jvp, three
+    overhead = 10 * 50e-6
+    jvp = 10 * (overhead + 20 * 1_000 * 0.3e-9) + 100 * 11 * (10_000 * 10e-12 + 2_000 * 0.3e-9)
+    gradients = 3 * (overhead + 20 * 1_000 * 0.3e-9)
+    gradients += 100 * (20_000 * 10e-12 + 4_000 * 0.3e-9 + 2_000 * 0.3e-9 + 10_000 * 10e-12)
+    assert plan.seconds == pytest.approx({"jvp": jvp, "per-example-gradients": gradients}, rel=1e-9)
 
 
 @pytest.mark.parametrize("numbers", [1, 40, 10**6])
