@@ -105,7 +105,7 @@ def scores(model: Functional) -> Callable[[Params, Batch], Tensor]:
         return in_halves(lambda ihvps, stack: last_layer.scores(together(stack), ihvps))
     losses = example_losses(model.loss_fn)
     gradients_at_once = max(1, stack_limit(model) // tree.numel(model.params))
-    numbers = None if model.max_memory is None else max(1, stack_limit(model) // 4)
+    numbers = None if model.max_memory is None else stack_limit(model)
     plans: dict[tuple[int, int], ScoringPlan] = {}
 
     def at_once(ihvps: Params, stack: Batch) -> Tensor:

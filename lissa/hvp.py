@@ -181,7 +181,7 @@ def hvp_finite_difference(loss_fn: LossFn, params: Params, batch: Batch, v: Para
             with torch.enable_grad():
                 loss = loss_fn(leaves, batch)
             grads = torch.autograd.grad(loss, tuple(leaves.values()), materialize_grads=True)
-            return dict(zip(leaves, map(_dense, grads), strict=True))
+            return dict(zip(leaves, map(dense, grads), strict=True))
 
         def product(v: Params) -> Params:
             length = tree.norm(v)
@@ -306,7 +306,7 @@ def gradient_of_graph(loss: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, .
     """`grad L`, dense and with its own graph, so that it can be differentiated again."""
     if not loss.requires_grad:
         return tuple(torch.zeros_like(p) for p in params)
-    return tuple(map(_dense, torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)))
+    return tuple(map(dense, torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)))
 
 
 def pull_back(
@@ -318,7 +318,7 @@ def pull_back(
         return tuple(torch.zeros_like(p) for p in params)
     outputs, cotangents = zip(*curved, strict=True)
     products = torch.autograd.grad(outputs, params, cotangents, retain_graph=retain_graph, materialize_grads=True)
-    return tuple(map(_dense, products))
+    return tuple(map(dense, products))
 
 
 class SparseGradientError(NotImplementedError):
@@ -333,6 +333,6 @@ def _all_dense(gradient: Params) -> Params:
     return gradient
 
 
-def _dense(t: Tensor) -> Tensor:
+def dense(t: Tensor) -> Tensor:
     """`t` itself, or all its entries if it is sparse, as the gradients of Embedding(sparse=True) are."""
     return t if t.layout == torch.strided else t.to_dense()

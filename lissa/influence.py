@@ -13,6 +13,8 @@ from torch.func import grad, jvp
 from torch.utils import _pytree as pytree
 
 from lissa import checks, sampling, tree
+from lissa.hvp import dense, pull_back
+from lissa.kernels import twice_differentiable
 from lissa.scoring import ScoringPlan, forward_work, plan_scoring
 from lissa.types import Batch, ExampleLossFn, Params
 
@@ -100,6 +102,43 @@ def influence_scores(
     products = [(_rows(gradients[k]) @ _rows(vectors[k]).mT).mT for k in params]  # faster so for few vectors
     scores = torch.stack(products).sum(0)
     return scores if stacked else scores.squeeze(0)
+
+
+def scores_of_graph(losses: Tensor, leaves: Params, ihvp: Params) -> Tensor:
+    """`score_ik = grad_i . x_k = d (grad (u . losses) . x_k) / d u_i` of losses that were computed from `leaves`.
+
+    The gradient of `u . losses` is linear in `u`, so a second backward pass for each vector gives all examples' scores:
+    for as many examples as go through the model together, of any model that can be differentiated twice.
+
+    Args:
+        losses: Of B examples, shape `(B,)`, each a function of its own example.
+        leaves: The parameters they were computed from, which require grad.
+        ihvp: K vectors, stacked.
+
+    Returns:
+        Shape `(K, B)`, constant to autograd.
+
+    Raises:
+        RuntimeError: If an operation cannot be differentiated twice.
+
+    Example:
+        >>> w = torch.tensor([3.0, 1.0], requires_grad=True)
+        >>> losses = (torch.tensor([[1.0, 0.0], [0.0, 2.0]]) @ w).square() / 2
+        >>> scores_of_graph(losses, {"w": w}, {"w": torch.tensor([[1.0, 1.0]])})
+        tensor([[3., 4.]])
+
+    Source: J. Townsend, A new trick for calculating Jacobian vector products, 2017.
+    """
+    u = torch.ones_like(losses, requires_grad=True)
+    if not losses.requires_grad:
+        return losses.new_zeros(len(next(iter(ihvp.values()))), len(losses))
+    with torch.enable_grad(), twice_differentiable():
+        gradient = torch.autograd.grad(losses, tuple(leaves.values()), u, create_graph=True, materialize_grads=True)
+        gradient = tuple(map(dense, gradient))
+    stacked = [ihvp[k].detach().unbind() for k in leaves]
+    with twice_differentiable():
+        pulled = [pull_back(gradient, (u,), vectors, retain_graph=True)[0] for vectors in zip(*stacked, strict=True)]
+    return torch.stack(pulled) if pulled else losses.new_zeros(0, len(losses))
 
 
 def scoring_plan(

@@ -228,8 +228,11 @@ def solve_lissa_stacked(
     first = 0 if state is None else host.largest(state.state.step)
     run, c = state or _start(v), damping / scale
     h = tree.map(torch.clone, run.state.h)
-    together = isinstance(matvec, Stepper) and c <= _MOST_DAMPED
-    steps = (_StepsTogether if together else _Steps)(matvec, h, v, c, scale, chunks or Chunks(max(1, len(run.length))))
+    chunks = chunks or Chunks(max(1, len(run.length)))
+    if isinstance(matvec, Stepper) and c <= _MOST_DAMPED:
+        steps: _Steps = _StepsTogether(matvec, h, v, c, scale, chunks)
+    else:
+        steps = _Steps(matvec, h, v, c, scale, chunks)
     trace: list[Tensor] = []
     taken, before = first, run
     for taken, (batch, last) in enumerate(_marking_the_last(batches), start=first + 1):

@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lissa import hvp, influence_scores, per_example_gradients, tree
+from lissa.influence import scores_of_graph
 from tests.oracles import dense_gradients, dense_hessian, flatten, unflatten
+from tests.problems import recurrent
 
 
 def example_losses(params, batch):
@@ -224,3 +226,36 @@ def test_nothing_of_the_callers_is_changed():
     assert torch.equal(rng, torch.get_rng_state())
     assert all(torch.equal(before[k], params[k]) and params[k].grad is None for k in params)
     assert [k for k in params if params[k].requires_grad] == ["w1"]
+
+
+@pytest.mark.parametrize("k", [0, 1, 3])
+def test_scores_of_losses_that_are_there_are_gradients_times_vectors(k):
+    params, batch, generator = problem()
+    ihvps = stacked_vectors(params, k, generator)
+    leaves = tree.map(lambda p: p.clone().requires_grad_(), params)
+    with torch.enable_grad():
+        losses = example_losses(leaves, batch)
+    with torch.no_grad():
+        scores = scores_of_graph(losses, leaves, ihvps)
+    assert not scores.requires_grad
+    gradients = dense_gradients(example_losses, params, batch)
+    expected = [gradients @ flatten(tree.map(lambda t, i=i: t[i], ihvps)) for i in range(k)]
+    torch.testing.assert_close(scores, torch.stack(expected) if k else scores.new_zeros(0, 7), **CLOSE)
+
+
+def test_packed_sequences_are_scored_together_as_one_by_one():
+    problem_ = recurrent(seed=0, kind=torch.nn.LSTM, packed=True)
+    ihvps = stacked_vectors(problem_.params, 2, torch.Generator().manual_seed(1))
+    leaves = tree.map(lambda p: p.clone().requires_grad_(), problem_.params)
+    losses = problem_.example_loss_fn(leaves, problem_.batch)
+    scores = scores_of_graph(losses, leaves, ihvps)
+    for i in range(len(losses)):
+        gradient = torch.autograd.grad(losses[i], list(leaves.values()), retain_graph=True, materialize_grads=True)
+        for k in range(2):
+            expected = sum((g * ihvps[name][k]).sum() for name, g in zip(leaves, gradient, strict=True))
+            torch.testing.assert_close(scores[k, i], expected, **CLOSE)
+
+
+def test_losses_that_are_constants_have_no_influence():
+    leaves = {"w": torch.ones(2, requires_grad=True)}
+    assert scores_of_graph(torch.ones(3), leaves, {"w": torch.ones(4, 2)}).tolist() == [[0.0] * 3] * 4
