@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from bridge import distributed, fingerprint, last_layer, npy, progress, recording, scoring, settings, strategies
+from bridge import distributed, fingerprint, last_layer, npy, progress, recording, scored, scoring, settings, strategies
 from bridge.archives import FromArchive
 from bridge.checkpoint import Directory, Record
 from bridge.data import (
@@ -32,7 +32,7 @@ from bridge.outputs import BothEnds, InstanceInfluence, InstanceWithGrads, Inter
 from bridge.recording import Keeping
 from bridge.rows import MOST_KEPT, Rows
 from bridge.scoring import Columns, Reduced, Reduction, TopK, Written
-from bridge.session import Session, check_finite
+from bridge.session import Session
 from lissa import Params, checks, tree
 from lissa.stacked import vdots
 
@@ -324,13 +324,7 @@ class InfluenceInterpreter(FromArchive):
 
     def _train_scores(self, session: Session, ihvps: Params, chosen: range) -> Iterator[tuple[list[int], Tensor]]:
         """Indices of some of the chosen training instances and their scores, shape `(K, B)`, until all had a turn."""
-        score = strategies.scores(session.model)
-        size = session.rows_at_once(self._train, vectors=1)  # `lissa` cuts these as its method needs it
-        for indices, stack in session.examples(self._train, size=size, description="scoring", chosen=chosen):
-            with session.naming("training", self._train, indices):
-                scores = score(ihvps, stack)
-            check_finite("score", "training", indices, scores)
-            yield indices, scores
+        yield from scored.scores(session, self._train, ihvps, chosen=chosen)
 
     def _train_losses(self, session: Session, chosen: Iterable[int]) -> dict[int, float]:
         """The loss of each chosen training instance."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import lissa
-from bridge import progress, strategies
+from bridge import progress, scored, strategies
 from bridge.distributed import Ranks
 from bridge.session import Session
 from lissa import Params, tree
@@ -61,12 +61,8 @@ def correlations(session: Session, train: Sequence[Any], vectors: Params, ihvps:
     NaN where the sample's scores do not vary.
     """
     chosen = _sample(len(train), seed)
-    score = strategies.scores(session.model)
     both = tree.map(lambda v, x: torch.cat([v, x]), vectors, ihvps)
-    parts = [
-        score(both, stack)
-        for _, stack in session.examples(train, size=session.most_rows or SAMPLE, description="sampling", chosen=chosen)
-    ]
+    parts = [scores for _, scores in scored.scores(session, train, both, chosen=chosen, description="sampling")]
     plain, scores = torch.cat(parts, dim=1).double().chunk(2)
     plain, scores = (s - s.mean(1, keepdim=True) for s in (plain, scores))
     return (plain * scores).sum(1) / (plain.norm(dim=1) * scores.norm(dim=1))

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bridge import recursion, strategies
+from bridge import recursion, scored, strategies
 from bridge.checkpoint import Record
 from bridge.distributed import Ranks
 from bridge.rows import Rows
@@ -222,13 +222,11 @@ def measured(
     gradient = _seconds(lambda: session.gradients("test", tests, few), firsts=firsts) / len(few)
     gradients = session.gradients("test", tests, few)[1]
     vectors = tree.map(lambda t: t[_cycled(few, one.together)], gradients)
-    at_once = session.rows_at_once(train, 1)
-    score_rows = held[: 4 * at_once]
-    scored = strategies.scores(session.model)
+    score_rows = held[: 4 * session.rows_at_once(train, 1)]
 
     def score() -> None:
-        for _, stack in session.examples(train, size=at_once, description="", chosen=score_rows):
-            scored(vectors, stack)
+        for _ in scored.scores(session, train, vectors, chosen=score_rows, description=""):
+            pass
 
     product = strategies.products(session.model)
     some = tree.map(lambda t: t[: one.measured], vectors)

@@ -3,8 +3,9 @@
 Knows instances and how they are collated; knows nothing of models or of what a batch is for.
 """
 
+import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +19,10 @@ MOST_KEPT = 2**28
 
 CHUNK = 256
 """Instances collated together while all are gathered."""
+
+
+Numbered: TypeAlias = tuple[int, Any]
+"""An instance after its number; None in its place where the instance is held with others."""
 
 
 class Rows(Sequence[Any]):
@@ -117,6 +122,28 @@ class Rows(Sequence[Any]):
                 else:
                     yield from stacked_alike(((i, self.batch([i])) for i in indices), size)
 
+    def windows(self, most: int, chosen: Iterable[int]) -> Iterator[tuple[list[int], list[Numbered]]]:
+        """The chosen instances in lists of at most `most`, each list from the shortest instance to the longest.
+
+        Yields:
+            Indices, and for each its instance too, for `together`.
+        """
+        chosen = iter(chosen)
+        while some := list(itertools.islice(chosen, most)):
+            if self._holds(some):
+                yield some, [(i, None) for i in some]
+                continue
+            window = [(i, self._instances[i]) for i in some]
+            window.sort(key=lambda numbered: self._length(numbered[1]))
+            yield [i for i, _ in window], window
+
+    def together(self, numbered: Sequence[Numbered]) -> Batch:
+        """One batch of instances that `windows` gave, on the device."""
+        indices = [i for i, _ in numbered]
+        if self._holds(indices):
+            return self.batch(indices)
+        return to_device(self._collate([instance for _, instance in numbered]), self._device)
+
     def _holds(self, indices: list[int]) -> bool:
         """Whether these instances are among those gathered."""
         if self._gathered is None:
@@ -162,7 +189,14 @@ class Rows(Sequence[Any]):
         alike = self._of_fields.get(type(instances[0]))
         return to_device(collate_alike(instances) if alike else self._collate(instances), self._device)
 
-    def _likeness(self, instance: Any) -> Hashable:
+    def _length(self, instance: Any) -> int:
+        """About how many numbers the instance has."""
+        likeness = self._likeness(instance)
+        if self._of_fields[type(instance)]:
+            return sum(length for _, _, *lengths in likeness for _, length in lengths)
+        return sum(leaf.numel() if isinstance(leaf, Tensor) else 1 for leaf in pytree.tree_leaves(instance))
+
+    def _likeness(self, instance: Any) -> tuple[Any, ...]:
         kind = type(instance)
         if kind not in self._of_fields:  # a protocol is slow to check
             self._of_fields[kind] = isinstance(instance, Instance)
@@ -173,13 +207,13 @@ class Rows(Sequence[Any]):
         return likeness_of_fields(instance)
 
 
-def likeness_of_fields(instance: Instance) -> Hashable:
+def likeness_of_fields(instance: Instance) -> tuple[Any, ...]:
     """What indexed instances must share so that a batch of them holds each as it is alone, with nothing padded."""
     lengths = instance.get_padding_lengths()
     return tuple((name, type(field), *sorted(lengths[name].items())) for name, field in instance.fields.items())
 
 
-def likeness_of_leaves(instance: Any) -> Hashable:
+def likeness_of_leaves(instance: Any) -> tuple[Any, ...]:
     """The same for mappings and pairs."""
     leaves, structure = pytree.tree_flatten(instance)
     return (str(structure), *((type(x), getattr(x, "shape", None), getattr(x, "dtype", None)) for x in leaves))

@@ -6,7 +6,8 @@ Knows instances and a functional model; knows nothing of solvers, rankings or th
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,9 +15,11 @@ from torch import Tensor
 from bridge import progress, strategies
 from bridge.functional import Functional, loss_and_gradient
 from bridge.last_layer import ExpandedRows, Expander
-from bridge.rows import Rows
+from bridge.rows import Numbered, Rows
 from lissa import Batch, Params, SolverError, tree
 from lissa.stacked import norms
+
+T = TypeVar("T")
 
 GRADIENTS_AT_ONCE, LOSSES_AT_ONCE = 64, 512
 """Most examples whose gradients or losses are computed together."""
@@ -32,6 +35,7 @@ class Session:
         show: Whether long work shows a progress bar.
         most_rows: Most training instances to take at a time, if the caller said so.
         expand: Makes expansions of batches, where `model` works on these.
+        known: What was found out and made for this call.
     """
 
     model: Functional
@@ -39,7 +43,14 @@ class Session:
     show: bool
     most_rows: int | None = None
     expand: Expander | None = None
+    known: dict[str, Any] = field(default_factory=dict)
     _expanded: dict[int, tuple[Any, ExpandedRows]] = field(default_factory=dict)
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """What `make` makes, made when it is first asked for."""
+        if name not in self.known:
+            self.known[name] = make()
+        return self.known[name]
 
     def rows_at_once(self, instances: Sequence[Any], vectors: int) -> int:
         """How many instances, like the first, go into one batch for a product with so many vectors."""
@@ -57,23 +68,43 @@ class Session:
         instances: Sequence[Any],
         *,
         size: int,
-        description: str,
+        description: str | None,
         role: str = "training",
         chosen: Sequence[int] | None = None,
     ) -> Iterator[tuple[list[int], Batch]]:
         """The chosen instances (all if not given), each a batch of one, in stacks of at most `size`, with indices."""
         chosen = range(len(instances)) if chosen is None else chosen
+        make = partial(self.rows(instances).examples, size)
+        yield from self._watched(make, instances, description, role, chosen)
+
+    def windows(
+        self, instances: Sequence[Any], *, most: int, description: str, role: str, chosen: Sequence[int]
+    ) -> Iterator[tuple[list[int], list[Numbered]]]:
+        """The chosen instances in lists of at most `most`, with indices, each from the shortest to the longest."""
+        make = partial(self.rows(instances).windows, most)
+        yield from self._watched(make, instances, description, role, chosen)
+
+    def _watched(
+        self,
+        make: Callable[[Iterator[int]], Iterator[tuple[list[int], T]]],
+        instances: Sequence[Any],
+        description: str | None,
+        role: str,
+        chosen: Sequence[int],
+    ) -> Iterator[tuple[list[int], T]]:
+        """What is made of the chosen indices, with a progress bar, and errors that name the instance."""
         pending: dict[int, None] = {}
 
         def read() -> Iterator[int]:
-            for i in progress.bar(chosen, description=description, show=self.show):
+            shown = progress.bar(chosen, description=description or "", show=self.show and description is not None)
+            for i in shown:
                 pending[i] = None
                 yield i
 
-        stacks = self.rows(instances).examples(size, read())
+        groups = make(read())
         while True:
             with self.naming(role, instances, pending):
-                found = next(stacks, None)
+                found = next(groups, None)
             if found is None:
                 return
             for i in found[0]:

@@ -15,6 +15,7 @@ from torch.func import grad_and_value
 from torch.utils import _pytree as pytree
 
 from bridge.functional import Functional, example_losses, loss_and_gradient, rows_of
+from bridge.row_losses import row_losses
 from lissa import (
     Batch,
     Expansion,
@@ -31,7 +32,8 @@ from lissa import (
     traced,
     tree,
 )
-from lissa.scoring import ScoringPlan, forward_work
+from lissa.influence import scores_of_graph
+from lissa.scoring import ScoringPlan, forward_work, plan_scoring
 from lissa.stacked import Chunks, StackedHvp, StackedMatvec, linearised_stacked_hvp
 
 logger = logging.getLogger(__name__)
@@ -135,6 +137,28 @@ def scores(model: Functional) -> Callable[[Params, Batch], Tensor]:
         return torch.cat([one_by_one(ihvps, take(stack, part)) for part in parts], dim=1)
 
     return first_that_runs("scores", *map(in_halves, (at_once, by_gradients)), a_few_at_a_time)
+
+
+def row_scores(model: Functional, ihvps: Params, batch: Batch, count: int) -> tuple[Tensor, Tensor]:
+    """Losses `(B,)` and scores `(K, B)` of the `count` rows of one batch, on one graph.
+
+    Raises:
+        NoRowLossesError: If the model's loss is not a mean over rows that can be told apart.
+    """
+    leaves = tree.map(lambda p: p.detach().requires_grad_(), model.params)
+    with torch.enable_grad():
+        losses = row_losses(model.loss_fn, leaves, batch, count)
+    return losses.detach(), scores_of_graph(losses, leaves, ihvps)
+
+
+def by_gradients(model: Functional, example: Batch, examples: int, vectors: int) -> bool:
+    """Whether gradients of single examples, all like the one in a batch of one, are the quickest to score by.
+
+    They are expected to be where there are many vectors and an example is a long sequence.
+    """
+    work = forward_work(model.loss_fn, model.params, example)
+    plan = plan_scoring(work, examples=examples, vectors=vectors, parameters=tree.numel(model.params))
+    return plan.method == "per-example-gradients"
 
 
 def in_halves(fn: Callable[[Params, Batch], Tensor]) -> Callable[[Params, Batch], Tensor]:

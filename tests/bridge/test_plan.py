@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bridge import SimpleInfluence, plan, strategies
+from bridge import SimpleInfluence, plan, scored, strategies
 from bridge.cli import main
 from bridge.plan import Network, Rates, Work, predicted
 from tests.bridge.fakes import linear, pairs, two_layers
@@ -60,7 +60,7 @@ def test_the_probe_measures_what_the_run_does(monkeypatch):
     monkeypatch.setattr(plan, "PROBE_SECONDS", 0.0)
     now = [0.0]
     monkeypatch.setattr(plan.time, "perf_counter", lambda: now[0])
-    inverse, score = strategies.inverse_products, strategies.scores
+    inverse, score = strategies.inverse_products, scored.scores
 
     def timed_inverse(*args, **kwargs):
         solve = inverse(*args, **kwargs)
@@ -72,17 +72,13 @@ def test_the_probe_measures_what_the_run_does(monkeypatch):
 
         return solve_in_time
 
-    def timed_score(model):
-        scored = score(model)
-
-        def scored_in_time(vectors, stack):
-            now[0] += 0.25 * len(stack[1])
-            return scored(vectors, stack)
-
-        return scored_in_time
+    def timed_score(*args, **kwargs):
+        for indices, scores in score(*args, **kwargs):
+            now[0] += 0.25 * len(indices)
+            yield indices, scores
 
     monkeypatch.setattr(strategies, "inverse_products", timed_inverse)
-    monkeypatch.setattr(strategies, "scores", timed_score)
+    monkeypatch.setattr(scored, "scores", timed_score)
     found = influence(lissa_batch_size=60).plan(pairs(3, seed=1), ranks=[1, 2], tests=6, together=3, n=1200)
     for one in found:
         assert one.seconds["LiSSA"] == pytest.approx(2 * 40 * (0.5 * one.work.rows), rel=1e-3)

@@ -122,3 +122,26 @@ def test_what_are_rows():
     assert are_rows({"x": torch.ones(2, 3), "y": torch.ones(2)}, 2)
     for other in ({"x": torch.ones(2), "s": ["a", "b"]}, torch.tensor(1.0), [torch.ones(2), torch.ones(3)], ()):
         assert not are_rows(other, 2)
+
+
+def test_windows_run_from_the_shortest_instance_to_the_longest():
+    rows = Rows(of_different_lengths(), lambda some: [x for x, _ in some], CPU, pads=True)
+    windows = list(rows.windows(6, range(10)))
+    assert [indices for indices, _ in windows] == [[0, 3, 1, 4, 2, 5], [6, 9, 7, 8]]
+    assert [len(x) for x in rows.together(windows[0][1])] == [2, 2, 3, 3, 4, 4]
+
+
+def test_windows_of_what_is_held_hold_nothing_more():
+    rows = Rows(pairs(5), default_collate, CPU)
+    rows.gather()
+    ((indices, window),) = rows.windows(8, range(5))
+    assert indices == [0, 1, 2, 3, 4]
+    assert all(instance is None for _, instance in window)
+    same(rows.together(window[1:3]), rows.batch([1, 2]))
+
+
+def test_windows_of_texts_are_sorted_by_their_words():
+    data = [text_instance(" ".join(["good"] * count), 1) for count in (4, 1, 3, 2)]
+    vocab = BagOfWords().vocab
+    rows = Rows(data, lambda some: collate(some, vocab=vocab), CPU, vocab=vocab)
+    assert [indices for indices, _ in rows.windows(9, range(4))] == [[1, 3, 2, 0]]

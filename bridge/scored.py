@@ -1,0 +1,136 @@
+"""Scores of instances in large batches, padded where that changes nothing, and one by one within stacks otherwise.
+
+That an instance has the same loss and gradient in company as alone is tried on the shortest and the longest of each few
+thousand. Knows a session's instances and how they are batched; knows nothing of what scores are for.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bridge import strategies
+from bridge.functional import loss_and_gradient
+from bridge.rows import Numbered
+from bridge.session import Session, check_finite
+from lissa import Params, tree
+from lissa.stacked import norms
+
+logger = logging.getLogger(__name__)
+
+WINDOW = 4096
+"""Instances that are sorted by length together."""
+
+
+def scores(
+    session: Session,
+    instances: Sequence[Any],
+    ihvps: Params,
+    *,
+    chosen: Sequence[int] | None = None,
+    description: str = "scoring",
+    role: str = "training",
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Indices of some of the chosen instances and their scores `grad_i . ihvp_k`, shape `(K, B)`, until all had a turn.
+
+    Args:
+        session: Of the public call.
+        instances: The instances.
+        ihvps: K vectors, stacked.
+        chosen: Indices; all if not given.
+        description: For a progress bar.
+        role: For messages.
+    """
+    chosen = range(len(instances)) if chosen is None else chosen
+    if session.model.last_layer is not None:
+        yield from _from_stacks(session, instances, ihvps, chosen, description, role)
+        return
+    for indices, window in session.windows(instances, most=WINDOW, description=description, role=role, chosen=chosen):
+        if not _go_together(session, instances, window, strategies.length(ihvps)):
+            yield from _from_stacks(session, instances, ihvps, indices, None, role)
+            continue
+        size = _size(session, instances, window[-1])
+        for start in range(0, len(window), size):
+            yield from _from_batch(session, instances, ihvps, window[start : start + size], role)
+
+
+def _from_stacks(
+    session: Session,
+    instances: Sequence[Any],
+    ihvps: Params,
+    chosen: Sequence[int],
+    description: str | None,
+    role: str,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Each instance is a batch of one, whatever else is scored with it; `lissa` cuts the stacks as its method needs."""
+    score = session.once("scores", lambda: strategies.scores(session.model))
+    size = session.rows_at_once(instances, vectors=1)
+    for indices, stack in session.examples(instances, size=size, description=description, role=role, chosen=chosen):
+        with session.naming(role, instances, indices):
+            found = score(ihvps, stack)
+        check_finite("score", role, indices, found)
+        yield indices, found
+
+
+def _from_batch(
+    session: Session, instances: Sequence[Any], ihvps: Params, some: list[Numbered], role: str
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Of one batch, or two halves of it where memory does not suffice."""
+    indices = [i for i, _ in some]
+    try:
+        with session.naming(role, instances, indices):
+            batch = session.rows(instances).together(some)
+            found = strategies.row_scores(session.model, ihvps, batch, len(some))[1]
+    except (RuntimeError, MemoryError) as error:
+        if len(some) == 1 or not strategies.is_out_of_memory(error):
+            raise
+        logger.warning("Out of memory for %d examples: going on with %d at a time.", len(some), -(-len(some) // 2))
+        half = -(-len(some) // 2)
+        yield from _from_batch(session, instances, ihvps, some[:half], role)
+        yield from _from_batch(session, instances, ihvps, some[half:], role)
+        return
+    check_finite("score", role, indices, found)
+    yield indices, found
+
+
+def _size(session: Session, instances: Sequence[Any], longest: Numbered) -> int:
+    """How many instances as long as this go into one batch."""
+    most = strategies.rows_at_once(session.model, session.rows(instances).together([longest]), vectors=1)
+    return most if session.most_rows is None else min(most, session.most_rows)
+
+
+def _go_together(session: Session, instances: Sequence[Any], window: list[Numbered], vectors: int) -> bool:
+    """Whether batches of the instances in this window are the quicker way, and a right one."""
+    if session.known.get("instances go alone"):
+        return False
+    rows = session.rows(instances)
+    try:
+        longest = rows.together(window[-1:])
+        if strategies.by_gradients(session.model, longest, len(window), vectors):
+            return False
+        right = _are_alike_alone(session, instances, [window[0], *window[1:][-1:]])
+    except Exception as error:  # an instance that fails alone too will be named by whoever needs it
+        logger.info("Instances are scored alone: %s", error)
+        right = False
+    if not right:
+        session.known["instances go alone"] = True
+    return right
+
+
+def _are_alike_alone(session: Session, instances: Sequence[Any], ends: list[Numbered]) -> bool:
+    """Whether these have the losses and the inner products of gradients in one batch that they have alone."""
+    rows, model = session.rows(instances), session.model
+    alone = [loss_and_gradient(model.loss_fn, model.params, rows.together([one])) for one in ends]
+    losses, gradients = torch.stack([loss for loss, _ in alone]), strategies.stack_vectors([g for _, g in alone])
+    together, products = strategies.row_scores(model, gradients, rows.together(ends), len(ends))
+    lengths = norms(gradients)
+    expected = torch.stack([tree.vdot(a, b) for _, a in alone for _, b in alone]).reshape(products.shape)
+    rtol = torch.finfo(losses.dtype).eps ** 0.5
+    right = ((products - expected).abs() <= rtol * lengths * lengths.unsqueeze(1)).all() & (
+        (together - losses).abs() <= rtol * losses.abs().clamp(min=1)
+    ).all()
+    if not bool(right):
+        logger.info("Instances are scored alone: in company, their losses or gradients are others.")
+    return bool(right)

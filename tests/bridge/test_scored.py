@@ -1,0 +1,187 @@
+"""Scores in large padded batches are those of batches of one, and batches of one where they would not be."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bridge import SimpleInfluence, scored, strategies
+from bridge.scored import scores
+from lissa import tree
+from tests.bridge.fakes import BagOfWords, Reader, pairs, sentences, two_layers
+
+EXACT = {"rtol": 1e-10, "atol": 1e-12}
+"""Sums of a few dozen terms in float64, in another order."""
+
+
+class Packed(nn.Module):
+    """Neither vmap nor forward mode takes it."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.rnn, self.out = nn.Embedding(9, 3), nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 2)
+        self.double()
+
+    def forward(self, ids, length, y):
+        packed = nn.utils.rnn.pack_padded_sequence(self.embed(ids), length, batch_first=True, enforce_sorted=False)
+        return {"loss": F.cross_entropy(self.out(self.rnn(packed)[1][0][-1]), y)}
+
+
+class Unmasked(BagOfWords):
+    """Padding counts in the mean over words."""
+
+    def forward(self, text, label=None, **metadata):
+        logits = self.out(self.embed(text["tokens"]["tokens"]).mean(1))
+        return {"loss": F.cross_entropy(logits, label)}
+
+
+class Normalised(nn.Module):
+    """Rows are normalised by the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = two_layers()
+
+    def forward(self, x, y):
+        z = self.net(x)
+        return {"loss": F.cross_entropy(z - z.mean(0), y)}
+
+
+def texts(model, **settings):
+    return SimpleInfluence(model, sentences(40), Reader(), progress=False, **settings)
+
+
+def of_packed(**settings):
+    generator = torch.Generator().manual_seed(0)
+    data = [{"ids": torch.randint(9, (5,), generator=generator), "length": 1 + i % 5, "y": i % 2} for i in range(23)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return SimpleInfluence.from_dataset(Packed(), data, progress=False, **settings)
+
+
+def padded(rows):
+    x = nn.utils.rnn.pad_sequence([x for x, _ in rows], batch_first=True)
+    return {"x": x, "y": torch.stack([y for _, y in rows])}
+
+
+class Ragged(nn.Module):
+    """Takes sequences that the user's function pads with zeros, which have no effect."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.out = nn.Linear(1, 3, bias=False).double(), nn.Linear(3, 2).double()
+
+    def forward(self, x, y):
+        return {"loss": F.cross_entropy(self.out(self.net(x.unsqueeze(-1)).tanh().sum(1)), y)}
+
+
+def ragged(**settings):
+    data = [(torch.randn(1 + i % 7).double(), torch.tensor(i % 2)) for i in range(30)]
+    return SimpleInfluence.from_dataset(Ragged(), data, collate_fn=padded, progress=False, **settings)
+
+
+TOGETHER = {
+    "alike": lambda **kw: SimpleInfluence.from_dataset(
+        two_layers(), pairs(30), loss_fn=F.cross_entropy, progress=False, **kw
+    ),
+    "texts": lambda **kw: texts(BagOfWords(), **kw),
+    "sparse embedding": lambda **kw: texts(BagOfWords(sparse=True), **kw),
+    "packed": of_packed,
+    "the user's padding": ragged,
+}
+ALONE = {
+    "padding counts": lambda **kw: texts(Unmasked(), **kw),
+    "rows depend on each other": lambda **kw: SimpleInfluence.from_dataset(
+        Normalised(), [{"x": x, "y": y} for x, y in pairs(12)], progress=False, **kw
+    ),
+    "losses are not known": lambda **kw: SimpleInfluence.from_dataset(
+        two_layers(), pairs(12), loss_fn=lambda z, y: -z.log_softmax(1)[torch.arange(len(y)), y].mean(), **kw
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def _rows_are_preferred(monkeypatch):
+    """Whatever is quicker for so few."""
+    monkeypatch.setattr(strategies, "by_gradients", lambda *_: False)
+
+
+def found(influence, chosen=None, **arguments):
+    """Scores of three random vectors, in order of index; by gradients of batches of one; how many were in a batch."""
+    sizes = []
+    with influence._session() as session:
+        ihvps = tree.normal_like(
+            {k: p.expand(3, *p.shape) for k, p in session.model.params.items()},
+            generator=torch.Generator().manual_seed(1),
+        )
+        got = torch.full((3, len(influence._train)), torch.nan, dtype=torch.float64)
+        for indices, some in scores(session, influence._train, ihvps, chosen=chosen, **arguments):
+            got[:, indices] = some
+            sizes.append(len(indices))
+        alone = [session.loss_and_gradient("training", influence._train, i)[1] for i in range(len(influence._train))]
+        refused = bool(session.known.get("instances go alone"))
+    expected = torch.stack([torch.stack([tree.vdot(g, tree.map(lambda t, k=k: t[k], ihvps)) for g in alone])
+                            for k in range(3)])  # fmt: skip
+    return got, expected, sizes, refused
+
+
+@pytest.mark.parametrize("case", TOGETHER)
+def test_scores_in_company_are_inner_products_of_gradients(case):
+    got, expected, sizes, refused = found(TOGETHER[case]())
+    torch.testing.assert_close(got, expected, **EXACT)
+    assert sizes == [got.shape[1]]  # all at once
+    assert not refused
+
+
+@pytest.mark.parametrize("case", ALONE)
+def test_where_company_matters_each_instance_is_scored_alone(case):
+    got, expected, _, refused = found(ALONE[case]())
+    torch.testing.assert_close(got, expected, **EXACT)
+    assert refused
+
+
+def test_a_few_at_a_time_and_some_of_them():
+    got, expected, sizes, _ = found(texts(BagOfWords(), score_batch_size=7), chosen=range(3, 20))
+    torch.testing.assert_close(got[:, 3:20], expected[:, 3:20], **EXACT)
+    assert got[:, :3].isnan().all()
+    assert sizes == [7, 7, 3]
+
+
+def test_windows_are_looked_at_one_by_one(monkeypatch):
+    monkeypatch.setattr(scored, "WINDOW", 16)
+    got, expected, sizes, _ = found(texts(BagOfWords()))
+    torch.testing.assert_close(got, expected, **EXACT)
+    assert sizes == [16, 16, 8]
+
+
+def test_many_vectors_of_long_sequences_go_by_gradients(monkeypatch):
+    monkeypatch.setattr(strategies, "by_gradients", lambda *_: True)
+    got, expected, sizes, refused = found(texts(BagOfWords()))
+    torch.testing.assert_close(got, expected, **EXACT)
+    assert len(sizes) > 1  # by length
+    assert not refused
+
+
+def test_out_of_memory_halves_the_batch(monkeypatch, caplog):
+    plain = strategies.row_scores
+
+    def small(model, ihvps, batch, count):
+        if count > 12:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(model, ihvps, batch, count)
+
+    monkeypatch.setattr(strategies, "row_scores", small)
+    got, expected, sizes, _ = found(texts(BagOfWords()))
+    torch.testing.assert_close(got, expected, **EXACT)
+    assert sizes == [10, 10, 10, 10]
+    assert "Out of memory" in caplog.text
+
+
+def test_an_instance_whose_score_is_not_finite_is_named():
+    data = pairs(12)
+    data[5] = (data[5][0] * torch.nan, data[5][1])
+    influence = SimpleInfluence.from_dataset(two_layers(), data, loss_fn=F.cross_entropy, progress=False)
+    with influence._session() as session:
+        ihvps = tree.map(lambda p: torch.ones(1, *p.shape, dtype=p.dtype), session.model.params)
+        with pytest.raises(ValueError, match="Training instance 5: its score is not finite"):
+            list(scores(session, influence._train, ihvps))
