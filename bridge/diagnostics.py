@@ -38,6 +38,7 @@ class Diagnostics(NamedTuple):
         correlation_with_plain: Where that cosine is near 1, the correlation of scores with plain gradient products,
             over a sample of the training data, for a few of them; else NaN.
         largest_eigenvalue: Of the Hessian, on a sample, if there was something to warn of; else NaN.
+        product_error: The relative error of a product in bfloat16, where these were asked for; else 0.
     """
 
     solver: str
@@ -52,6 +53,7 @@ class Diagnostics(NamedTuple):
     cosine_with_gradient: Tensor
     correlation_with_plain: Tensor
     largest_eigenvalue: float
+    product_error: float = 0.0
 
     def in_words(self) -> str:
         """What was solved and what to think of it."""
@@ -63,6 +65,8 @@ class Diagnostics(NamedTuple):
             verdict = "they are solved" if float(self.relative_residual.max()) <= ACCURATE else "they are not solved"
             lines.append(f"Relative residual on the full training data: {_span(self.relative_residual)}: {verdict}.")
         if len(self.status):
+            if self.product_error:
+                lines.append(f"Products in bfloat16 have a relative error of {self.product_error:.2g}.")
             lines.append(f"Cosine between x and the plain gradient: {_span(self.cosine_with_gradient, '.6f')}.")
         return " ".join(lines + self.problems())
 

@@ -18,6 +18,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ import torch
 from bridge import recursion, scored, strategies
 from bridge.checkpoint import Record
 from bridge.distributed import Ranks
+from bridge.functional import Functional
 from bridge.rows import Rows
 from bridge.session import Session
 from bridge.solving import Choice
@@ -193,7 +195,14 @@ def predicted(work: Work, rates: Rates, network: Network, *, most_kept: int) -> 
 
 
 def measured(
-    session: Session, train: Rows, tests: Rows, works: Sequence[Work], ranks: Ranks, network: Network
+    session: Session,
+    train: Rows,
+    tests: Rows,
+    works: Sequence[Work],
+    ranks: Ranks,
+    network: Network,
+    *,
+    stepping: Functional,
 ) -> list[Rates]:
     """The rates for each of `works`, which differ in the number of processes alone.
 
@@ -207,7 +216,9 @@ def measured(
         works: What is to be done.
         ranks: The processes that measure together; for as many, a step is measured with the sum between them.
         network: What connects them.
+        stepping: What LiSSA multiplies by.
     """
+    to_step = replace(session, model=stepping)
     train, share = session.rows(train), ranks.share(len(train))
     held = share[:PROBE_ROWS] or range(1)
     firsts: list[float] = []
@@ -239,10 +250,10 @@ def measured(
     found = {}
     for work in sorted(works, key=lambda work: -work.ranks):
         if work.ranks == ranks.size > 1:
-            step = _shared_step_seconds(session, train, vectors, work.rows, ranks)
+            step = _shared_step_seconds(to_step, train, vectors, work.rows, ranks)
             step = max(0.0, step - network.sum_seconds(sum(t.nbytes for t in vectors.values()), ranks.size))
         else:
-            step = _step_seconds(session, train, vectors, _cycled(held, work.rows), work.steps)
+            step = _step_seconds(to_step, train, vectors, _cycled(held, work.rows), work.steps)
         found[work] = Rates(
             start=sum(firsts),
             read=read,

@@ -5,6 +5,7 @@ Knows runs, batches of instances and K stacked right-hand sides; knows nothing o
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from bridge import measurements, progress, strategies
 from bridge.checkpoint import Record
 from bridge.distributed import Ranks
+from bridge.functional import Functional
 from bridge.rows import Rows
 from bridge.session import Session
 from bridge.solving import Choice, joined_solutions, plain
@@ -30,6 +32,7 @@ def solver(
     *,
     measured: Callable[[int], int],
     ranks: Ranks,
+    model: Functional | None = None,
 ) -> Callable[[Params, Record], Solution]:
     """`K stacked v -> K solutions`, with the residual on all the data of as many as `measured(K)`; NaN for the others.
 
@@ -40,10 +43,12 @@ def solver(
         runs: The batches of each run, for one call of the solver.
         measured: How many of K residuals are worth their cost.
         ranks: Who share the work.
+        model: What LiSSA multiplies by; the default is the session's. The residual is the session's in any case.
     """
+    stepping = session if model is None else replace(session, model=model)
     steps_alike = choice.steps if session.rows(train).gathered else 0
-    at_once = strategies.inverse_products(session.model, choice.damping, choice.scale, steps_alike=steps_alike)
-    in_pieces = _in_pieces(session, train, choice, ranks)
+    at_once = strategies.inverse_products(stepping.model, choice.damping, choice.scale, steps_alike=steps_alike)
+    in_pieces = _in_pieces(stepping, train, choice, ranks)
     at_work: list[int] = []
 
     def solve(vectors: Params, record: Record) -> Solution:

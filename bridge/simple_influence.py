@@ -18,12 +18,12 @@ from torch.utils.data import Dataset
 
 from bridge import compat as allennlp_order
 from bridge import diagnostics as report
-from bridge import gauss_newton, measurements, plan, recursion, settings, solving
+from bridge import gauss_newton, measurements, plan, precision, recursion, settings, solving
 from bridge.checkpoint import Record
 from bridge.data import CollateFn, DatasetReader, Lazy, LazyLoader, SimpleDataLoader, check_dataset
 from bridge.diagnostics import Diagnostics, InfluenceWarning
 from bridge.error_bars import error_bars
-from bridge.functional import OutputLoss, evaluation, functional
+from bridge.functional import Functional, OutputLoss, evaluation, functional
 from bridge.interpreter import CHECKPOINT_EVERY, SCORE_BATCH_SIZE, InfluenceInterpreter, InstanceWithGrads, Solve
 from bridge.outputs import EstimatedOutput, InfluenceEstimate
 from bridge.plan import Network, Plan
@@ -86,6 +86,9 @@ class SimpleInfluence(InfluenceInterpreter):
             a Hessian-vector product of each training instance and takes the loss to be a mean over the batch. The
             default measures those of the first test instances: as many as add a quarter to the solve's cost, one at
             least.
+        mixed_precision: Whether LiSSA's products are made in bfloat16, with sums and iterates in float32. Their
+            relative error is measured on a batch (`diagnostics.product_error`); gradients, residuals and scores stay in
+            float32. It pays where matrices are large. For LiSSA with its scale and depth given.
         checkpoint_dir: See `InfluenceInterpreter`. LiSSA goes on in the middle of a run; other solvers with the next
             right-hand sides, `"gauss-newton"` with the next call.
         checkpoint_every: See `InfluenceInterpreter`.
@@ -137,6 +140,7 @@ class SimpleInfluence(InfluenceInterpreter):
         score_batch_size: int = SCORE_BATCH_SIZE,
         max_memory: int | None = None,
         measure_residual: bool | None = None,
+        mixed_precision: bool = False,
         checkpoint_dir: str | Path | None = None,
         checkpoint_every: float = CHECKPOINT_EVERY,
         process_group: Any = "all",
@@ -159,6 +163,12 @@ class SimpleInfluence(InfluenceInterpreter):
             raise TypeError(f"`SimpleInfluence(seed=...)` must be an int, got {type(seed).__name__}.")
         if compat is not None and (solver != "lissa" or "auto" in (scale, recursion_depth, ridge)):
             raise ValueError("`SimpleInfluence(compat='allennlp')` takes numbers and solver='lissa', as AllenNLP does.")
+        if mixed_precision and (solver != "lissa" or "auto" in (scale, recursion_depth) or compat is not None):
+            raise ValueError(
+                "`SimpleInfluence(mixed_precision=True)` is for solver='lissa' with numbers for scale and "
+                f"recursion_depth, without compat: got solver={solver!r}, scale={scale!r}, "
+                f"recursion_depth={recursion_depth!r}, compat={compat!r}."
+            )
         if compat is not None and checkpoint_dir is not None:
             raise ValueError(
                 "`SimpleInfluence(compat='allennlp', checkpoint_dir=...)`: AllenNLP's order comes from the global "
@@ -183,6 +193,9 @@ class SimpleInfluence(InfluenceInterpreter):
             process_group=process_group,
         )
         n = len(self._train)
+        kinds = {p.dtype for name, p in model.named_parameters() if name in self._candidates}
+        if mixed_precision and kinds != {torch.float32}:
+            raise ValueError(f"`SimpleInfluence(mixed_precision=True)` is for parameters in float32, got {kinds}.")
         if compat is not None and self._ranks.size > 1:
             raise ValueError(
                 "`SimpleInfluence(compat='allennlp')` runs in one process, as AllenNLP does: pass process_group=None."
@@ -191,6 +204,7 @@ class SimpleInfluence(InfluenceInterpreter):
         self._diagnostics: Diagnostics | None = None
         self._parts: list[Diagnostics] = []
         self._measure_residual = measure_residual
+        self._mixed_precision = mixed_precision
         self._seed = seed
         self._scan_batch_size = self.settings.batch_size
         self._compat = compat is not None
@@ -225,6 +239,7 @@ class SimpleInfluence(InfluenceInterpreter):
         score_batch_size: int = SCORE_BATCH_SIZE,
         max_memory: int | None = None,
         measure_residual: bool | None = None,
+        mixed_precision: bool = False,
         checkpoint_dir: str | Path | None = None,
         checkpoint_every: float = CHECKPOINT_EVERY,
         process_group: Any = "all",
@@ -252,6 +267,7 @@ class SimpleInfluence(InfluenceInterpreter):
             score_batch_size: See the class.
             max_memory: See the class.
             measure_residual: See the class.
+            mixed_precision: See the class.
             checkpoint_dir: See the class.
             checkpoint_every: See the class.
             process_group: See the class.
@@ -286,6 +302,7 @@ class SimpleInfluence(InfluenceInterpreter):
             score_batch_size=score_batch_size,
             max_memory=max_memory,
             measure_residual=measure_residual,
+            mixed_precision=mixed_precision,
             checkpoint_dir=checkpoint_dir,
             checkpoint_every=checkpoint_every,
             process_group=process_group,
@@ -435,7 +452,9 @@ class SimpleInfluence(InfluenceInterpreter):
             )
             works = [work._replace(ranks=count) for count in ranks]
             network = plan.network_of(self._ranks, network or Network())
-            rates = plan.measured(session, self._train, given, works, self._ranks, network)
+            rates = plan.measured(
+                session, self._train, given, works, self._ranks, network, stepping=self._stepping(session)
+            )
         return [
             plan.predicted(work, measured, network, most_kept=MOST_KEPT)
             for work, measured in zip(works, rates, strict=True)
@@ -543,6 +562,7 @@ class SimpleInfluence(InfluenceInterpreter):
             **{name: str(value) for name, value in self.settings._asdict().items()},
             "seed": str(self._seed),
             "measure_residual": str(self._measure_residual),
+            "mixed_precision": str(self._mixed_precision),
         }
 
     @contextmanager
@@ -566,7 +586,14 @@ class SimpleInfluence(InfluenceInterpreter):
         def measured(vectors: int) -> int:
             return self._measured(vectors, choice.steps, len(self._train), all_of_them=measure_all)
 
-        return recursion.solver(session, self._train, choice, runs, measured=measured, ranks=self._ranks)
+        return recursion.solver(
+            session, self._train, choice, runs, measured=measured, ranks=self._ranks, model=self._stepping(session)
+        )
+
+    def _stepping(self, session: Session) -> Functional:
+        """What LiSSA multiplies by; the closed forms of a last layer are few and small products."""
+        low = self._mixed_precision and session.model.last_layer is None
+        return precision.lowered(session.model) if low else session.model
 
     def _measured(self, vectors: int, steps: int, n: int, *, all_of_them: bool) -> int:
         """How many residuals: those whose products cost at most a quarter of the solve's, one at least; see class."""
@@ -605,7 +632,14 @@ class SimpleInfluence(InfluenceInterpreter):
             cosine_with_gradient=cosine.cpu(),
             correlation_with_plain=correlation.cpu(),
             largest_eigenvalue=math.nan,
+            product_error=self._product_error(session, choice, vectors),
         )
+
+    def _product_error(self, session: Session, choice: Choice, vectors: Params) -> float:
+        if self._stepping(session) is session.model:
+            return 0.0
+        batch = index_stream(len(self._train), choice.batch_size, generator=torch.Generator().manual_seed(self._seed))
+        return precision.product_error(session, self._train, next(batch).tolist(), vectors)
 
     def _close(self, session: Session) -> None:
         found = report.joined(self._parts)
