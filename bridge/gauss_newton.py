@@ -1,8 +1,9 @@
 """Gauss-Newton influence of all training instances on all test instances, solved in the space of outputs.
 
-Knows instances, their order, and `lissa.dual_influence`; knows nothing of rankings.
+Knows instances, their order, and `lissa.dual_influence`; knows nothing of how scores become a result.
 """
 
+import math
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -12,8 +13,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bridge import progress
+from bridge.diagnostics import Diagnostics
+from bridge.scoring import Reduction
 from bridge.session import Session
-from lissa import Batch, DualInfluence, dual_influence, output_gram, tree
+from lissa import Batch, DualInfluence, Status, dual_influence, output_gram, tree
 from lissa.dual import MOST_ROWS
 
 NAME = "gauss-newton"
@@ -75,6 +78,47 @@ def influence(
         relative_residual=found.relative_residual[test_places],
         cosine=found.cosine[test_places],
     )
+
+
+def self_influence(session: Session, train: Sequence[Any], *, damping: float | None) -> dict[str, Any]:
+    """The self-influence of all training instances, `"scores"`, and what is `"known"` of it."""
+    found = influence(session, train, None, damping=damping)
+    return {"scores": found.self_influence.to(_dtype(session)), "known": _diagnostics(found, len(train))._asdict()}
+
+
+def scored(
+    session: Session, train: Sequence[Any], tests: Sequence[Any], *, damping: float | None, reduction: Reduction
+) -> dict[str, Any]:
+    """Test `"losses"`, what the reduction makes of all scores, `"reduced"`, and what is `"known"` of them."""
+    losses = session.losses("test", tests, range(len(tests)))
+    found = influence(session, train, tests, damping=damping)
+    return {
+        "losses": torch.tensor(list(losses.values())),
+        "reduced": reduction.fold({}, range(len(train)), found.scores.to(_dtype(session))),
+        "known": _diagnostics(found, len(train))._asdict(),
+    }
+
+
+def _diagnostics(found: DualInfluence, examples: int) -> Diagnostics:
+    unknown = torch.full_like(found.cosine, torch.nan).cpu()
+    return Diagnostics(
+        solver=NAME,
+        damping=found.damping,
+        scale=math.nan,
+        steps=1,
+        num_samples=1,
+        examples=examples,
+        batch_size=examples,
+        status=torch.full_like(unknown, Status.CONVERGED, dtype=torch.long),
+        relative_residual=found.relative_residual.cpu(),
+        cosine_with_gradient=found.cosine.cpu(),
+        correlation_with_plain=unknown,
+        largest_eigenvalue=math.nan,
+    )
+
+
+def _dtype(session: Session) -> torch.dtype:
+    return next(iter(session.model.params.values())).dtype
 
 
 def _batches(session: Session, role: str, instances: Sequence[Any]) -> tuple[list[int], list[Batch]]:

@@ -38,11 +38,11 @@ def lowered(model: Functional) -> Functional:
     return model._replace(loss_fn=loss_fn)
 
 
-def product_error(session: Session, train: Sequence[Any], indices: Sequence[int], vectors: Params) -> float:
+def product_error(
+    session: Session, low: Functional, train: Sequence[Any], indices: Sequence[int], vectors: Params
+) -> float:
     """The largest `|H_low v - H v| / |H v|` of a few vectors on the batch of the instances `indices`."""
     some, batch = tree.map(lambda t: t[:MEASURED], vectors), session.batch(train, indices)
     with session.naming("training", train, indices):
-        low, exact = (
-            strategies.products(model)(some, lambda: batch) for model in (lowered(session.model), session.model)
-        )
-    return float((norms(tree.sub(low, exact)) / norms(exact)).nan_to_num(0.0).max())
+        rounded, exact = (strategies.products(model)(some, lambda: batch) for model in (low, session.model))
+    return float((norms(tree.sub(rounded, exact)) / norms(exact)).nan_to_num(0.0).max())

@@ -4,7 +4,6 @@ Knows how LiSSA's batches are drawn and what its result is worth; the numerics a
 """
 
 import itertools
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from torch.utils.data import Dataset
 
 from bridge import compat as allennlp_order
 from bridge import diagnostics as report
-from bridge import gauss_newton, measurements, plan, precision, recursion, settings, solving
+from bridge import gauss_newton, judgement, plan, precision, recursion, settings, solving
 from bridge.checkpoint import Record
 from bridge.data import CollateFn, DatasetReader, Lazy, LazyLoader, SimpleDataLoader, check_dataset
 from bridge.diagnostics import Diagnostics, InfluenceWarning
@@ -31,13 +30,10 @@ from bridge.rows import MOST_KEPT, Rows
 from bridge.scoring import Reduced, Reduction
 from bridge.session import Session
 from bridge.solving import Choice
-from lissa import DualInfluence, Params, Solution, SolverError, Status, checks, index_stream, tree
+from lissa import Params, Solution, SolverError, Status, checks, index_stream, tree
 
 VECTORS = 16
 """Right-hand sides that solvers on all the data are expected to multiply by together."""
-
-MOST_CORRELATED = 8
-"""Right-hand sides whose scores are compared with plain gradient products, for a warning."""
 
 
 @InfluenceInterpreter.register("simple-influence")
@@ -222,27 +218,8 @@ class SimpleInfluence(InfluenceInterpreter):
         train_dataset: Dataset[Any] | Iterable[Any],
         *,
         loss_fn: OutputLoss | None = None,
-        collate_fn: CollateFn | None = None,
-        params_to_freeze: list[str] | None = None,
         cuda_device: int | torch.device | None = None,
-        lissa_batch_size: int = 8,
-        damping: float = settings.DEFAULT_DAMPING,
-        num_samples: int = 1,
-        recursion_depth: float | int | str = 0.25,
-        scale: float | str = 1e4,
-        ridge: float | str | None = None,
-        solver: str = "lissa",
-        rtol: float = 1e-2,
-        seed: int = 0,
-        compat: str | None = None,
-        progress: bool = True,
-        score_batch_size: int = SCORE_BATCH_SIZE,
-        max_memory: int | None = None,
-        measure_residual: bool | None = None,
-        mixed_precision: bool = False,
-        checkpoint_dir: str | Path | None = None,
-        checkpoint_every: float = CHECKPOINT_EVERY,
-        process_group: Any = "all",
+        **settings: Any,
     ) -> "SimpleInfluence":
         """The interpreter of a plain PyTorch model and dataset.
 
@@ -250,27 +227,9 @@ class SimpleInfluence(InfluenceInterpreter):
             model: Any module.
             train_dataset: Yields `(x, y)` pairs, with `loss_fn`; or mappings, with a model whose output has a loss.
             loss_fn: `loss_fn(model(x), y) -> ()`, the mean loss of a batch.
-            collate_fn: As for a `DataLoader`; needed where examples differ in shape.
-            params_to_freeze: See the class.
             cuda_device: See the class; the default is where the model is.
-            lissa_batch_size: See the class.
-            damping: See the class.
-            num_samples: See the class.
-            recursion_depth: See the class.
-            scale: See the class.
-            ridge: See the class.
-            solver: See the class.
-            rtol: See the class.
-            seed: See the class.
-            compat: See the class.
-            progress: See the class.
-            score_batch_size: See the class.
-            max_memory: See the class.
-            measure_residual: See the class.
-            mixed_precision: See the class.
-            checkpoint_dir: See the class.
-            checkpoint_every: See the class.
-            process_group: See the class.
+            **settings: All others of the class, from `params_to_freeze` on; `collate_fn`, as for a `DataLoader`, is
+                needed where examples differ in shape.
 
         Returns:
             The interpreter. Its `interpret_from_file` takes a dataset as well.
@@ -280,33 +239,7 @@ class SimpleInfluence(InfluenceInterpreter):
             TypeError: See the class.
         """
         check_dataset("SimpleInfluence.from_dataset", "train_dataset", train_dataset)
-        return cls(
-            model,
-            train_dataset,
-            _ReadAsItIs(),
-            params_to_freeze=params_to_freeze,
-            cuda_device=cuda_device,
-            lissa_batch_size=lissa_batch_size,
-            damping=damping,
-            num_samples=num_samples,
-            recursion_depth=recursion_depth,
-            scale=scale,
-            loss_fn=loss_fn,
-            collate_fn=collate_fn,
-            ridge=ridge,
-            solver=solver,
-            rtol=rtol,
-            seed=seed,
-            compat=compat,
-            progress=progress,
-            score_batch_size=score_batch_size,
-            max_memory=max_memory,
-            measure_residual=measure_residual,
-            mixed_precision=mixed_precision,
-            checkpoint_dir=checkpoint_dir,
-            checkpoint_every=checkpoint_every,
-            process_group=process_group,
-        )
+        return cls(model, train_dataset, _ReadAsItIs(), loss_fn=loss_fn, cuda_device=cuda_device, **settings)
 
     def restart_batches(self) -> None:
         """The next call draws the LiSSA batches that the first one drew; otherwise it draws those that come next."""
@@ -466,13 +399,9 @@ class SimpleInfluence(InfluenceInterpreter):
             return super().self_influence(chosen)
         chosen = range(len(self._train)) if chosen is None else chosen
 
-        def of_all(_: Record) -> dict[str, Any]:
-            found = gauss_newton.influence(session, self._train, None, damping=self.settings.damping)
-            return {"scores": found.self_influence.to(dtype), "known": self._known_of(found)}
-
         with self._session() as session, self._recorded(session, "self_influence", None) as record:
-            dtype = next(iter(session.model.params.values())).dtype
-            found = self._heard(record.once("all", of_all))
+            of_all = partial(gauss_newton.self_influence, session, self._train, damping=self.settings.damping)
+            found = self._heard(record.once("all", lambda _: of_all()))
             self._close(session)
         return found["scores"].cpu()[list(chosen)]
 
@@ -485,36 +414,12 @@ class SimpleInfluence(InfluenceInterpreter):
             yield from super()._scored(session, tests, reduction, record)
             return
 
-        def of_all(_: Record) -> dict[str, Any]:
-            losses = session.losses("test", tests, range(len(tests)))
-            found = gauss_newton.influence(session, self._train, tests, damping=self.settings.damping)
-            scores = found.scores.to(next(iter(session.model.params.values())).dtype)
-            return {
-                "losses": torch.tensor(list(losses.values())),
-                "reduced": reduction.fold({}, range(len(self._train)), scores),
-                "known": self._known_of(found),
-            }
-
-        group = self._heard(record.once("all", of_all))
+        of_all = partial(
+            gauss_newton.scored, session, self._train, tests, damping=self.settings.damping, reduction=reduction
+        )
+        group = self._heard(record.once("all", lambda _: of_all()))
         self._close(session)
         yield group["losses"], group["reduced"]
-
-    def _known_of(self, found: DualInfluence) -> dict[str, Any]:
-        unknown = torch.full_like(found.cosine, torch.nan).cpu()
-        return Diagnostics(
-            solver=gauss_newton.NAME,
-            damping=found.damping,
-            scale=math.nan,
-            steps=1,
-            num_samples=1,
-            examples=len(self._train),
-            batch_size=len(self._train),
-            status=torch.full_like(unknown, Status.CONVERGED, dtype=torch.long),
-            relative_residual=found.relative_residual.cpu(),
-            cosine_with_gradient=found.cosine.cpu(),
-            correlation_with_plain=unknown,
-            largest_eigenvalue=math.nan,
-        )._asdict()
 
     def _solver(self, session: Session, record: Record) -> Solve:
         _, solve = self._solutions(session, record, measure_all=bool(self._measure_residual))
@@ -613,39 +518,19 @@ class SimpleInfluence(InfluenceInterpreter):
     # ------------------------------------------------------------------ what it is worth
 
     def _judge(self, session: Session, choice: Choice, vectors: Params, solution: Solution) -> Diagnostics:
-        cosine = measurements.cosines(vectors, solution.value)
-        correlation = torch.full_like(cosine, torch.nan, dtype=torch.float64)
-        plain = (cosine >= report.PLAIN_GRADIENT).nonzero()[:MOST_CORRELATED, 0]
-        if len(plain):
-            v, x = (tree.map(lambda t: t[plain], stack) for stack in (vectors, solution.value))
-            correlation[plain] = measurements.correlations(session, self._train, v, x, seed=self._seed)
-        return Diagnostics(
-            solver=choice.solver,
-            damping=choice.damping,
-            scale=choice.scale,
-            steps=int(solution.steps.max()),
-            num_samples=self.settings.num_samples,
-            examples=len(self._train),
-            batch_size=choice.batch_size,
-            status=solution.status.cpu(),
-            relative_residual=solution.relative_residual.cpu(),
-            cosine_with_gradient=cosine.cpu(),
-            correlation_with_plain=correlation.cpu(),
-            largest_eigenvalue=math.nan,
-            product_error=self._product_error(session, choice, vectors),
+        found = judgement.of_solution(
+            session, self._train, choice, vectors, solution, num_samples=self.settings.num_samples, seed=self._seed
         )
-
-    def _product_error(self, session: Session, choice: Choice, vectors: Params) -> float:
-        if self._stepping(session) is session.model:
-            return 0.0
+        stepping = self._stepping(session)
+        if stepping is session.model:
+            return found
         batch = index_stream(len(self._train), choice.batch_size, generator=torch.Generator().manual_seed(self._seed))
-        return precision.product_error(session, self._train, next(batch).tolist(), vectors)
+        error = precision.product_error(session, stepping, self._train, next(batch).tolist(), vectors)
+        return found._replace(product_error=error)
 
     def _close(self, session: Session) -> None:
-        found = report.joined(self._parts)
+        found = judgement.of_call(session, self._train, report.joined(self._parts), seed=self._seed)
         if found.problems():
-            largest = measurements.largest_eigenvalue(session, self._train, seed=self._seed)
-            found = found._replace(largest_eigenvalue=largest)
             warnings.warn(" ".join(found.problems()), InfluenceWarning, stacklevel=2)
         self._diagnostics = found
 

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.oracles import dense_gradients, dense_hessian
+
 
 class Vocabulary:
     def __init__(self, words):
@@ -137,6 +139,25 @@ def two_layers(seed=0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def dense_problem(n=40):
+    """A linear classifier, fewer instances than a sample has, the dense Hessian and all gradients."""
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    x = torch.randn(n, 4, generator=generator, dtype=torch.float64)
+    y = torch.randint(3, (n,), generator=generator)
+    params = {k: p.detach() for k, p in model.named_parameters()}
+
+    def losses(params, batch):
+        return F.cross_entropy(torch.func.functional_call(model, params, (batch[0],)), batch[1], reduction="none")
+
+    H = dense_hessian(lambda p, b: losses(p, b).mean(), params, (x, y))
+    G = dense_gradients(losses, params, (x, y))
+    return model, list(zip(x, y, strict=True)), H, G
 
 
 class Watch:
