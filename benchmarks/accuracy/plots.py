@@ -11,8 +11,9 @@ mpl.use("Agg")
 
 def stability(result: dict, path: Path) -> None:
     """Relative error over scale, a panel for each batch size; the prediction is the line at 1."""
-    figure, panels = plt.subplots(1, len(result["rows"]), figsize=(3 * len(result["rows"]), 3), sharey=True)
-    for axes, row in zip(panels, result["rows"], strict=True):
+    rows = [row for row in result["rows"] if row["replicate"] == 0]
+    figure, panels = plt.subplots(1, len(rows), figsize=(3 * len(rows), 3), sharey=True)
+    for axes, row in zip(panels, rows, strict=True):
         axes.semilogy(row["factors"], row["worst_error"], "o-", color="C1", label="worst run")
         axes.semilogy(row["factors"], row["rms_error"], "o-", color="C0", label="root mean square")
         axes.axhline(1, color="0.6", linewidth=1)

@@ -9,9 +9,11 @@ The prediction is `(lambda_max + damping + trace / B) / 2`. Three boundaries are
   `A_t = H_t + damping I` that is `max_S E tr(S A_t S A_t) / (2 tr(S S A))` over positive semidefinite S, by L-BFGS on a
   factor of S of fixed rank: a lower bound that is close to the maximum, and exact in the limit of full rank.
 
-The middle one feels rare batches only if a run meets them; the last one counts them all.
+The middle one feels rare batches only if a run meets them; the last one counts them all. The runs are made three times,
+each with other right-hand sides and streams.
 """
 
+import itertools
 import math
 
 import torch
@@ -24,7 +26,7 @@ BATCH_SIZES = (1, 4, 16, 64)
 FACTORS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.5, 1.75, 2.0)
 """Scales, in units of the predicted boundary."""
 
-DIGITS, STREAMS = 4, 8
+DIGITS, STREAMS, REPLICATES = 4, 8, 3
 LOOK = 20
 RANKS = (24, 96)
 
@@ -33,32 +35,35 @@ def run(task: Task) -> dict:
     full = mean_matvec(task.matvec, [take(task.train, slice(i, i + 1000)) for i in range(0, task.n, 1000)])
     found = estimate_spectrum(full, task.params, generator=torch.Generator().manual_seed(0))
     largest, trace = float(found.largest), float(found.trace)
-    vectors = [task.gradient(digit) for digit in task.mistakes()[:DIGITS]]
-    exact = [solve_cg(full, v, damping=task.l2, rtol=1e-4).value for v in vectors]
     rows = []
-    for B in BATCH_SIZES:
+    for replicate, B in itertools.product(range(REPLICATES), BATCH_SIZES):
+        vectors = [task.gradient(digit) for digit in task.mistakes()[replicate * DIGITS :][:DIGITS]]
+        exact = [solve_cg(full, v, damping=task.l2, rtol=1e-4).value for v in vectors]
         predicted = (largest + task.l2 + trace / B) / 2
-        typical, worst = errors(task, vectors, exact, B, [f * predicted for f in FACTORS])
+        seeds = range(replicate * STREAMS, (replicate + 1) * STREAMS)
+        typical, worst = errors(task, vectors, exact, B, [f * predicted for f in FACTORS], seeds)
         row = {
-            "batch_size": B, "predicted": predicted, "factors": FACTORS, "rms_error": typical, "worst_error": worst,
-            "safe": crossing(worst), "typical": crossing(typical), "mean_square": mean_square(task, B) / predicted,
+            "batch_size": B, "replicate": replicate, "predicted": predicted, "factors": FACTORS, "rms_error": typical,
+            "worst_error": worst, "safe": crossing(worst), "typical": crossing(typical),
         }  # fmt: skip
+        if replicate == 0:
+            row["mean_square"] = mean_square(task, B) / predicted
         rows.append(row)
         print(
-            f"B = {B}: predicted {predicted:.2f}; measured, over predicted: safe {row['safe']:.2f}, typical "
-            f"{row['typical']:.2f}, mean square {row['mean_square']:.2f}",
+            f"B = {B}, replicate {replicate}: predicted {predicted:.2f}; measured, over predicted: "
+            + ", ".join(f"{name} {row[name]:.2f}" for name in ("safe", "typical", "mean_square") if name in row),
             flush=True,
         )
     return {"task": task.name, "lambda_max": largest, "trace": trace, "damping": task.l2, "rows": rows}
 
 
 def errors(
-    task: Task, vectors: list[dict], exact: list[dict], B: int, scales: list[float]
+    task: Task, vectors: list[dict], exact: list[dict], B: int, scales: list[float], seeds: range
 ) -> tuple[list[float], list[float]]:
     """Root mean square and largest relative error at each scale; all scales and vectors share each stream's batches."""
     x = task.train[0]
     p = torch.softmax(x @ task.params["weight"], 1)
-    streams = [index_stream(task.n, B, generator=torch.Generator().manual_seed(r)) for r in range(STREAMS)]
+    streams = [index_stream(task.n, B, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     # Shapes: (streams, features, scales, vectors, classes).
     v, solution = (torch.stack([t["weight"] for t in ts], 1)[None, :, None] for ts in (vectors, exact))
     scale = torch.tensor(scales, dtype=x.dtype)[None, None, :, None, None]
