@@ -21,7 +21,7 @@ from lissa.stacked import norms
 
 T = TypeVar("T")
 
-GRADIENTS_AT_ONCE, LOSSES_AT_ONCE = 64, 512
+GRADIENTS_AT_ONCE, LOSSES_AT_ONCE = 128, 512
 """Most examples whose gradients or losses are computed together."""
 
 
@@ -114,25 +114,25 @@ class Session:
     def gradients(self, role: str, instances: Sequence[Any], indices: Sequence[int]) -> tuple[Tensor, Params]:
         """`L_t, grad L_t` of the instances `indices`, in their order, stacked and checked to be finite."""
         losses_and_gradients = strategies.losses_and_gradients(self.model)
-        losses = next(iter(self.model.params.values())).new_empty(len(indices))
-        gradients = {name: p.new_empty(len(indices), *p.shape) for name, p in self.model.params.items()}
+        size = GRADIENTS_AT_ONCE if self.expand is None else LOSSES_AT_ONCE
         place = {i: row for row, i in enumerate(indices)}
+        params = self.model.params
+        losses, gradients = next(iter(params.values())).new_empty(len(indices)), {}
         for found, stack in self.examples(
-            instances,
-            size=GRADIENTS_AT_ONCE if self.expand is None else LOSSES_AT_ONCE,
-            description=f"{role} gradients",
-            role=role,
-            chosen=indices,
+            instances, size=size, description=f"{role} gradients", role=role, chosen=indices
         ):
             with self.naming(role, instances, found):
                 some_losses, some_gradients = losses_and_gradients(stack)
             check_finite("loss", role, found, some_losses)
             check_finite("gradient", role, found, norms(some_gradients))
+            if found == list(indices):  # all at once, nothing to put together
+                return some_losses, some_gradients
+            gradients = gradients or {name: p.new_empty(len(indices), *p.shape) for name, p in params.items()}
             rows = torch.tensor([place[i] for i in found], device=losses.device)
             losses[rows] = some_losses
             for name, gradient in gradients.items():
                 gradient[rows] = some_gradients[name]
-        return losses, gradients
+        return losses, gradients or {name: p.new_empty(0, *p.shape) for name, p in params.items()}
 
     def loss_and_gradient(self, role: str, instances: Sequence[Any], i: int) -> tuple[Tensor, Params]:
         """`L, grad L` of instance i, checked to be finite."""

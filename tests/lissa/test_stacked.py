@@ -81,7 +81,7 @@ def test_the_recursion_is_that_of_one_right_hand_side(steps):
     got, expected = solved_both_ways(v, batches, damping=0.1, scale=2.0)
     torch.testing.assert_close(got.value, expected.value, rtol=1e-12, atol=0)
     torch.testing.assert_close(got.residual_norm, expected.residual_norm, rtol=1e-9, atol=0)
-    looks = [t for t in range(1, steps + 1) if t in (1, 2, 4, 8, steps) or t % CHECK_EVERY == 0]
+    looks = [t for t in range(1, steps + 1) if t in (1, 4, steps) or t % CHECK_EVERY == 0]
     assert (~got.residual_trace.isnan()).nonzero()[:, 1].unique().tolist() == [t - 1 for t in looks]
     seen = [t - 1 for t in looks]
     torch.testing.assert_close(got.residual_trace[:, seen], expected.residual_trace[:, seen], rtol=1e-9, atol=0)
