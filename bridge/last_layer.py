@@ -163,19 +163,17 @@ class ExpandedRows(Rows):
 
     def _expanded(self, chosen: Sequence[int]) -> Expansion:
         """Of the instances `chosen`, which rise, in groups of equal shapes."""
-        whole: Expansion | None = None
+        whole: list[Tensor] = []
         for found, stack in self._rows.examples(AT_ONCE, chosen):
             together = pytree.tree_map(lambda leaf: leaf.squeeze(1) if isinstance(leaf, Tensor) else leaf, stack)
             if not are_rows(together, len(found)):
                 raise NoRowLossesError("A batch is not made of tensors with a row for each instance.")
             part = self._expand(together, len(found))
-            if whole is None:
-                whole = Expansion(*(t.new_empty(len(chosen), *t.shape[1:]) for t in part))
+            whole = whole or [t.new_empty(len(chosen), *t.shape[1:]) for t in part]
             rows = torch.tensor([bisect_left(chosen, i) for i in found], device=self._device)
             for t, some in zip(whole, part, strict=True):
                 t[rows] = some
-        assert whole is not None
-        return whole
+        return Expansion(*whole)
 
     def gather(self, share: range | None = None) -> None:
         """Expands all instances, or those of `share`, once, if they fit into `most_bytes`."""
