@@ -48,8 +48,9 @@ def row_losses(loss_fn: LossFn, params: Params, batch: Batch, count: int) -> Ten
         NoRowLossesError: If the loss is no such mean.
 
     Example:
+        >>> import torch
         >>> def loss_fn(params, batch):
-        ...     return torch.nn.functional.mse_loss(params["w"] * batch, torch.ones(2))
+        ...     return F.mse_loss(params["w"] * batch, torch.ones(2))
         >>> row_losses(loss_fn, {"w": torch.tensor(2.0)}, torch.tensor([1.0, 2.0]), 2)
         tensor([1., 9.])
     """
