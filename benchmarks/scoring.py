@@ -143,8 +143,13 @@ def least(calls: dict[str, Callable[[], Any]], budget: float = 0.2) -> dict[str,
     start = time.perf_counter()
     for rounds in range(200):
         quickest = min(map(min, times.values())) if rounds else 0.0
-        close = {name for name, values in times.items() if rounds < 2 or min(values) < 1.5 * quickest}
-        if rounds >= 5 and time.perf_counter() - start > budget * (3 if len(close) > 1 else 1):
+        close = {
+            name: min(values, default=0.0)
+            for name, values in times.items()
+            if rounds < 2 or min(values) < 1.4 * quickest
+        }
+        longer = 1 if len(close) == 1 else 5 if sorted(close.values())[1] < 1.15 * quickest else 2
+        if rounds >= 4 and time.perf_counter() - start > budget * longer:
             break
         for name in close:
             before = time.process_time()

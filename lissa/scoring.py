@@ -35,7 +35,9 @@ class ForwardWork(NamedTuple):
         written: Numbers that operations write.
         largest: Numbers of the largest tensor written.
         tables: Numbers of the embeddings that rows are looked up in.
+        looked_up: Numbers of those rows.
         inputs: Numbers of those read that are of the example.
+        input_multiplications: Those multiplications whose factors are of the example.
     """
 
     operations: int
@@ -44,7 +46,9 @@ class ForwardWork(NamedTuple):
     written: int
     largest: int
     tables: int = 0
+    looked_up: int = 0
     inputs: int = 0
+    input_multiplications: int = 0
 
 
 class ScoringPlan(NamedTuple):
@@ -70,8 +74,9 @@ def forward_work(example_loss_fn: ExampleLossFn, params: Params, example: Batch)
     """Counts what `example_loss_fn(params, example)` does, for a batch of one.
 
     Example:
-        >>> forward_work(lambda p, x: (x @ p["w"]).square().squeeze(1), {"w": torch.ones(3, 1)}, torch.ones(1, 3))
-        ForwardWork(operations=2, multiplications=3, read=4, written=2, largest=1, tables=0, inputs=3)
+        >>> work = forward_work(lambda p, x: (x @ p["w"]).square()[:, 0], {"w": torch.ones(3, 1)}, torch.ones(1, 3))
+        >>> work.operations, work.multiplications, work.read, work.inputs, work.written
+        (2, 3, 4, 3, 2)
     """
     with torch.no_grad(), _Counter(params, example) as counter:
         example_loss_fn(params, example)
@@ -90,26 +95,27 @@ def plan_scoring(
 ) -> ScoringPlan:
     """The cheapest method and its chunk, for n examples, K vectors, P parameters and the work W of a forward pass.
 
-        t(jvp)        = chunks (N a + 2 K (P + 2 V) w) + n ((K + 1) (F m + M w) + 5 I w)
-        t(gradients)  = chunks (N a + 2 K P w) + n (2 (F m + (M + I) w) + P (2 w + K m / 2))
-        t(double-vjp) = chunks ((K + 7) N a / 10 + 2 K (P - V) w + 10 P w) + n ((K + 2) (F m + M w) + 4 I w)
+        t(jvp)        = chunks (N a + K (P + V) w) + n ((K + 1) (G m + M w) + 2 K E w + (K / 2 + 4) I w)
+        t(gradients)  = chunks (N a + K P w) + n (G m + 2 (M + I) w + P (K m + 2.5 w))
+        t(double-vjp) = chunks ((K + 8) N a / 10 + K (P - V) w + 5 P w) + n ((K + 2) (G m + M w) + 4 E w + (K + 1) I w)
 
-    with, of W, N operations and 14 for the call, F multiplications, I numbers read of the example and M others read or
-    written, and V numbers in embedding tables. A jvp pushes the example and K vectors through the forward pass. A
+    with, of W, N operations and 14 for the call, I numbers read of the example and M others read or written, E of them
+    looked up in embedding tables of V numbers, and G multiplications, those of the forward pass twice, but once where
+    the example is a factor, which has no derivative. A jvp pushes the example and K vectors through the forward pass. A
     gradient takes a forward and a backward pass, and P numbers that are written, and read again for K products. A
-    double-vjp takes these two passes for all examples of a chunk and then a pass for each vector, by an engine that
-    calls a kernel in a tenth of the time, but calls it for each vector anew. Each reads all vectors for each chunk; the
-    jvp also copies the embedding tables of all vectors, to look up rows in all of them at once, where a double-vjp
-    reads the rows alone, but makes one gradient as large as the parameters.
+    double-vjp takes these two passes for all examples of a chunk, and then a pass for each vector; it calls a kernel in
+    a tenth of the time, but calls it for each vector anew. Each reads all vectors for each chunk. For a jvp the tables
+    of all vectors are copied, to look up rows in all of them at once, and so is the example; a double-vjp reads the
+    rows, but adds up gradients of theirs, in one as large as the parameters.
 
     Three constants are of the machine, here one core with float32: a = 35 us to call a kernel through `torch.func`,
-    m = 20 ps a multiplication (100 GFLOP/s; half of that in the large products of gradients and vectors), w = 0.4 ns a
-    number moved (10 GB/s). What is chosen depends on their ratios alone, and little on those: where it would, times are
-    alike.
+    m = 12.5 ps a multiplication (160 GFLOP/s), w = 0.35 ns a number moved (11 GB/s). What is chosen depends on their
+    ratios alone, and little on those: where it would, times are alike. The numbers in the formula are fitted to a grid
+    of cases by `python -m benchmarks.scoring`, which judges the choice on that grid and on others.
 
     A chunk holds no more than `numbers`, or as much as the vectors do, which are there anyway. For an example, what the
     forward pass writes is counted, and its largest tensor once more: K times for jvp, with two gradients besides for
-    gradients, and four times for double-vjp, whose graph is that of a gradient. Chunks are even.
+    gradients, and four times for double-vjp, twice what its graph holds: it is fastest in the cache. Chunks are even.
 
     Args:
         work: Of one example.
@@ -140,21 +146,21 @@ def plan_scoring(
     for method in methods:
         checks.one_of("plan_scoring", "methods", method, METHODS)
     n, K, P = examples, vectors, parameters
-    N, F, V, I = work.operations + OF_THE_CALL, work.multiplications, work.tables, work.inputs  # noqa: E741
-    M = work.read + work.written - I
+    N, V, E, I = work.operations + OF_THE_CALL, work.tables, work.looked_up, work.inputs  # noqa: E741
+    M, G = work.read + work.written - I, 2 * work.multiplications - work.input_multiplications
     most = max(numbers or NUMBERS_AT_ONCE.get(device, NUMBERS_AT_ONCE["cuda"]), K * P)
     passed = max(1, work.written + work.largest)
     held = {"jvp": K * passed, "per-example-gradients": 2 * P + passed, "double-vjp": 4 * passed}
     chunks = {method: -(-n // max(1, most // numbers_of_one)) for method, numbers_of_one in held.items()}
     of_chunk = {
-        "jvp": N * a + 2 * K * (P + 2 * V) * w,
-        "per-example-gradients": N * a + 2 * K * P * w,
-        "double-vjp": (K + 7) * N * a / 10 + 2 * K * (P - V) * w + 10 * P * w,
+        "jvp": N * a + K * (P + V) * w,
+        "per-example-gradients": N * a + K * P * w,
+        "double-vjp": (K + 8) * N * a / 10 + K * (P - V) * w + 5 * P * w,
     }
     of_one = {
-        "jvp": (K + 1) * (F * m + M * w) + 5 * I * w,
-        "per-example-gradients": 2 * (F * m + (M + I) * w) + P * (2 * w + K * m / 2),
-        "double-vjp": (K + 2) * (F * m + M * w) + 4 * I * w,
+        "jvp": (K + 1) * (G * m + M * w) + 2 * K * E * w + (K / 2 + 4) * I * w,
+        "per-example-gradients": G * m + 2 * (M + I) * w + P * (K * m + 2.5 * w),
+        "double-vjp": (K + 2) * (G * m + M * w) + 4 * E * w + (K + 1) * I * w,
     }
     seconds = {method: chunks[method] * of_chunk[method] + n * of_one[method] for method in methods}
     fastest = min(seconds, key=lambda method: seconds[method])
@@ -164,7 +170,7 @@ def plan_scoring(
 OF_THE_CALL = 14
 """What a call costs beside the operations of the loss, in operations."""
 
-a, m, w = 35e-6, 20e-12, 0.4e-9
+a, m, w = 35e-6, 12.5e-12, 0.35e-9
 """Seconds: to call a kernel through `torch.func`, to multiply, and to read or write a number; see `plan_scoring`."""
 
 
@@ -173,16 +179,14 @@ class _Counter(TorchDispatchMode):
 
     def __init__(self, params: Params, example: Batch) -> None:
         super().__init__()
-        self.operations = self.multiplications = self.read = self.written = self.largest = self.tables = self.inputs = 0
+        self.counts: dict[str, int] = dict.fromkeys(ForwardWork._fields, 0)
         self.parameters = {_memory(p) for p in params.values()}
         self.example = {_memory(t) for t in pytree.tree_leaves(example) if isinstance(t, Tensor)} - {None}
         self.formulas = _formulas()
 
     def work(self) -> ForwardWork:
         """What was counted."""
-        return ForwardWork(
-            self.operations, int(self.multiplications), self.read, self.written, self.largest, self.tables, self.inputs
-        )
+        return ForwardWork(**self.counts)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -190,20 +194,25 @@ class _Counter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if getattr(func, "is_view", False):
             return out
-        self.operations += 1
+        counts = self.counts
+        read = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        of_example = [t for t in read if _memory(t) in self.example]
+        written = [t.numel() for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
+        counts["operations"] += 1
+        counts["read"] += sum(t.numel() for t in read if _memory(t) not in self.parameters)
+        counts["inputs"] += sum(t.numel() for t in of_example)
+        counts["written"] += sum(written)
+        counts["largest"] = max(counts["largest"], *written, 0)
         packet = getattr(func, "overloadpacket", None)
         formula = self.formulas.get(packet)
         if formula is not None:
-            self.multiplications += formula(*args, **(kwargs or {}), out_val=out) // 2
+            multiplications = int(formula(*args, **(kwargs or {}), out_val=out)) // 2
+            counts["multiplications"] += multiplications
+            counts["input_multiplications"] += multiplications if of_example else 0
         if packet is torch.ops.aten.embedding:
-            self.tables += args[0].numel()
-            self.read += out.numel()
-        read = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        self.read += sum(t.numel() for t in read if _memory(t) not in self.parameters)
-        self.inputs += sum(t.numel() for t in read if _memory(t) in self.example)
-        written = [t.numel() for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
-        self.written += sum(written)
-        self.largest = max(self.largest, *written, 0)
+            counts["tables"] += args[0].numel()
+            counts["looked_up"] += out.numel()
+            counts["read"] += out.numel()
         return out
 
 

@@ -25,6 +25,7 @@ def test_the_work_of_an_example():
     # Each operation reads what the one before wrote, the first the example and the last a label too.
     assert work.read == 5 + 4 + 4 + 3 + 3 + 1
     assert work.inputs == 5 + 1
+    assert work.input_multiplications == 5 * 4
 
 
 def test_the_work_of_an_embedding_is_in_its_table():
@@ -33,6 +34,7 @@ def test_the_work_of_an_embedding_is_in_its_table():
     assert work.tables == 7 * 4
     assert work.written == 3 * 4 + 1
     assert work.read == 3 + 3 * 4 + 3 * 4  # the indices and their rows, and the rows once more for their sum
+    assert work.looked_up == 3 * 4
     assert work.inputs == 3
     assert work.multiplications == 0
 
@@ -51,7 +53,8 @@ def test_what_is_read_of_the_example_is_counted_inside_vmap_too():
     def of_rows(params, x):
         return torch.vmap(lambda row: (row @ params["w"]).square().sum())(x)
 
-    assert forward_work(of_rows, {"w": torch.ones(5, 4)}, torch.ones(1, 5)).inputs == 5
+    work = forward_work(of_rows, {"w": torch.ones(5, 4)}, torch.ones(1, 5))
+    assert (work.inputs, work.input_multiplications) == (5, 20)
 
 
 def test_counting_neither_differentiates_nor_draws():
@@ -62,7 +65,17 @@ def test_counting_neither_differentiates_nor_draws():
     assert torch.equal(before, torch.get_rng_state())
 
 
-WORK = ForwardWork(operations=10, multiplications=10_000, read=1_000, written=1_000, largest=500, inputs=200)
+WORK = ForwardWork(
+    operations=10,
+    multiplications=10_000,
+    read=1_000,
+    written=1_000,
+    largest=500,
+    tables=300,
+    looked_up=30,
+    inputs=200,
+    input_multiplications=4_000,
+)
 
 
 @pytest.mark.parametrize("vectors", [1, 10, 100])
@@ -116,12 +129,13 @@ def test_only_the_methods_that_are_named_are_planned():
 
 def test_the_times_are_those_of_the_formula():
     plan = plan_scoring(WORK, examples=100, vectors=10, parameters=1_000, numbers=150_000)
-    call, product, moved = 24 * 35e-6, 10_000 * 20e-12, 1_800 * 0.4e-9
-    jvp = 10 * (call + 20 * 1_000 * 0.4e-9) + 100 * (11 * (product + moved) + 5 * 200 * 0.4e-9)  # ten chunks
-    gradients = 3 * (call + 20 * 1_000 * 0.4e-9)  # three
-    gradients += 100 * (2 * (product + 2_000 * 0.4e-9) + 2_000 * 0.4e-9 + 10_000 * 10e-12)
-    double_vjp = 4 * (1.7 * call + 20 * 1_000 * 0.4e-9 + 10 * 1_000 * 0.4e-9)  # four, of up to 25 examples
-    double_vjp += 100 * (12 * (product + moved) + 4 * 200 * 0.4e-9)
+    a, m, w = 35e-6, 12.5e-12, 0.35e-9
+    call, pass_ = 24 * a, 16_000 * m + 1_800 * w
+    jvp = 10 * (call + 10 * 1_300 * w) + 100 * (11 * pass_ + 600 * w + 9 * 200 * w)  # ten chunks
+    gradients = 3 * (call + 10 * 1_000 * w)  # three
+    gradients += 100 * (16_000 * m + 4_000 * w + 10_000 * m + 2_500 * w)
+    double_vjp = 4 * (1.8 * call + 10 * 700 * w + 5_000 * w)  # four, of up to 25 examples
+    double_vjp += 100 * (12 * pass_ + 120 * w + 11 * 200 * w)
     expected = {"jvp": jvp, "per-example-gradients": gradients, "double-vjp": double_vjp}
     assert plan.seconds == pytest.approx(expected, rel=1e-9)
 
