@@ -34,7 +34,7 @@ from lissa.kernels import twice_differentiable
 from lissa.scoring import forward_work, plan_scoring
 
 RESULTS = Path(__file__).parent / "results"
-EXAMPLES, VECTORS, OTHER_VECTORS = (100, 1000), (1, 3, 10, 30, 100), (2, 6, 20, 60)
+EXAMPLES, VECTORS, OTHER_VECTORS = (100, 1000), (1, 3, 10, 30, 100), (2, 5, 15, 50)
 MOST = 2**25
 """Numbers in the vectors of a case."""
 
@@ -71,18 +71,18 @@ def cases() -> Iterator[Case]:
 
 def other_cases() -> Iterator[Case]:
     """Widths, depths, lengths and layers that the grid has not."""
-    for d, C in ((100, 7), (900, 12), (2500, 4)):
+    for d, C in ((200, 5), (1500, 20), (3000, 2)):
         yield Case(f"linear {d}x{C}", 1, lambda d=d, C=C: nn.Linear(d, C), lambda n, d=d: torch.randn(n, d))
-    for h in (24, 160, 700):
+    for h in (48, 220, 600):
         yield Case(f"MLP {h}", 1, lambda h=h: mlp(h), lambda n: torch.randn(n, 64))
-    for h, L in ((40, 12), (90, 6), (150, 30), (24, 80)):
+    for h, L in ((60, 20), (100, 8), (200, 24), (16, 100)):
         yield Case(f"sequence {h}", L, lambda h=h: mlp(h, Mean()), lambda n, L=L: torch.randn(n, L, 64))
-    for V, D, L in ((2000, 40, 10), (600, 16, 40), (6000, 64, 25)):
+    for V, D, L in ((1000, 30, 16), (300, 100, 50), (8000, 20, 12)):
         yield Case(
             f"embedding {V}x{D}", L, lambda V=V, D=D: nn.Sequential(nn.Embedding(V, D), Mean(), nn.Linear(D, 2)),
             lambda n, V=V, L=L: torch.randint(V, (n, L)),
         )  # fmt: skip
-    for L in (12, 48):
+    for L in (16, 40):
         yield Case("transformer 64", L, transformer, lambda n, L=L: torch.randn(n, L, 64))
     yield Case("convolutions", 1, convolutions, lambda n: torch.randn(n, 1, 16, 16))
 
@@ -98,7 +98,7 @@ def transformer() -> nn.Module:
 
 def convolutions() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(576, 10)
+        nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 12, 3), nn.ReLU(), nn.Flatten(), nn.Linear(192, 10)
     )
 
 
