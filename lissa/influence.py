@@ -291,7 +291,8 @@ def _takes_double_vjp(example_loss_fn: ExampleLossFn, params: Params, example: B
     """Whether double-vjp runs, and its scores, constants, are what they should be."""
     if not is_constant(params, example):
         return False
-    if torch.is_grad_enabled() and example_loss_fn(params, example).requires_grad:  # of something else, as it must be
+    example_loss = _example_loss_of_params(example_loss_fn, example)
+    if torch.is_grad_enabled() and example_loss(params).requires_grad:  # of something else, as it must be
         return False
     try:
         _by_double_vjp(example_loss_fn, params, tree.map(lambda p: p.unsqueeze(0), params), example, None)
