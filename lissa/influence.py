@@ -5,6 +5,7 @@ knows nothing of how the `ihvp` was solved for.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,13 +13,17 @@ from torch import Tensor
 from torch.func import grad, jvp
 from torch.utils import _pytree as pytree
 
-from lissa import checks, sampling, tree
+from lissa import checks, sampling, scoring, tree
 from lissa.hvp import dense, pull_back
 from lissa.kernels import twice_differentiable
+from lissa.leafwise import is_constant
 from lissa.scoring import ScoringPlan, forward_work, plan_scoring
 from lissa.types import Batch, ExampleLossFn, Params
 
-METHODS = ("auto", "jvp", "per-example-gradients")
+METHODS = ("auto", *scoring.METHODS)
+
+DIFFERENTIABLE = ("jvp", "per-example-gradients")
+"""The methods whose scores can be differentiated, and that run inside transforms."""
 
 VECTORS_UNPLANNED = 16
 """Where no plan can be made (in a compiler), more vectors than this are scored by per-example gradients."""
@@ -46,18 +51,24 @@ def influence_scores(
         method: `"jvp"`: one forward-mode pass a vector, nothing stored per example; any batch.
             `"per-example-gradients"`: B gradients by vmap, then one matrix product for all K vectors; the tensors of
             the batch must share their first dimension, and the loss of an example must depend on that example alone.
-            `"auto"`: the one that `scoring_plan` expects to be faster, with its chunks of examples; jvp where the batch
-            cannot be cut into examples. Or such a plan, made once for many batches.
-        chunk_size: Bounds the memory: at most so many vectors (jvp) or examples (gradients) at a time.
+            `"double-vjp"`: one call of the loss for all examples, then one backward pass a vector through the graph of
+            its gradient, see `scores_of_graph`. It needs second derivatives and nothing of `torch.func`, so it takes
+            packed sequences and branches on the data; its scores are constants to autograd.
+            `"auto"`: the one that `scoring_plan` expects to be fastest, with its chunks of examples; jvp where the
+            batch cannot be cut into examples. Or such a plan, made once for many batches.
+        chunk_size: Bounds the memory: at most so many vectors (jvp) or examples (the others) at a time.
 
     Returns:
-        Scores of shape `(B,)`, or `(K, B)` for K stacked vectors, in units of the loss. Differentiable: the gradient in
-        a training input is Koh & Liang's perturbation influence. For that use `"per-example-gradients"` where the model
-        normalises layers: torch's forward-mode derivative of LayerNorm is right but its gradient is not.
+        Scores of shape `(B,)`, or `(K, B)` for K stacked vectors, in units of the loss. Differentiable, but by
+        `"double-vjp"`, which `"auto"` leaves out where something requires grad or a transform of `torch.func` is at
+        work: the gradient in a training input is Koh & Liang's perturbation influence. For that use
+        `"per-example-gradients"` where the model normalises layers: torch's forward-mode derivative of LayerNorm is
+        right but its gradient is not.
 
     Raises:
         ValueError: If `ihvp` does not match `params`, or the loss is not of shape `(B,)`.
         TypeError: If `params` or `ihvp` is not a dict of floating-point tensors of the same dtypes.
+        NotImplementedError: If `"double-vjp"` is called inside a transform, `torch.compile` or inference mode.
 
     Example:
         >>> def example_losses(params, x):
@@ -84,7 +95,8 @@ def influence_scores(
         elif torch.compiler.is_compiling():
             method = "jvp" if K <= VECTORS_UNPLANNED else "per-example-gradients"
         else:
-            method = scoring_plan(example_loss_fn, params, batch, K)
+            methods = None if is_constant(ihvp) else DIFFERENTIABLE
+            method = scoring_plan(example_loss_fn, params, batch, K, methods=methods)
     if isinstance(method, ScoringPlan):
         if chunk_size is None:
             score = functools.partial(influence_scores, example_loss_fn, params, ihvp, method=method.method)
@@ -97,8 +109,12 @@ def influence_scores(
 
         return torch.vmap(directional, chunk_size=chunk_size)(ihvp) if stacked else directional(ihvp)
 
-    gradients = per_example_gradients(example_loss_fn, params, batch, chunk_size=chunk_size)
     vectors = ihvp if stacked else tree.map(lambda t: t.unsqueeze(0), ihvp)
+    if method == "double-vjp":
+        scores = _by_double_vjp(example_loss_fn, params, vectors, batch, chunk_size)
+        return scores if stacked else scores.squeeze(0)
+
+    gradients = per_example_gradients(example_loss_fn, params, batch, chunk_size=chunk_size)
     products = [(_rows(gradients[k]) @ _rows(vectors[k]).mT).mT for k in params]  # faster so for few vectors
     scores = torch.stack(products).sum(0)
     return scores if stacked else scores.squeeze(0)
@@ -135,10 +151,31 @@ def scores_of_graph(losses: Tensor, leaves: Params, ihvp: Params) -> Tensor:
     with torch.enable_grad(), twice_differentiable():
         gradient = torch.autograd.grad(losses, tuple(leaves.values()), u, create_graph=True, materialize_grads=True)
         gradient = tuple(map(dense, gradient))
+    _check_twice_differentiable(gradient)
     stacked = [ihvp[k].detach().unbind() for k in leaves]
     with twice_differentiable():
         pulled = [pull_back(gradient, (u,), vectors, retain_graph=True)[0] for vectors in zip(*stacked, strict=True)]
     return torch.stack(pulled) if pulled else losses.new_zeros(0, len(losses))
+
+
+def _check_twice_differentiable(gradient: Sequence[Tensor]) -> None:
+    """Finds the node that torch puts where a custom function's gradient ends: it raises only if a path goes through.
+
+    No path goes through it to `u`, so that what lies behind it would be lost without a word.
+    """
+    todo = [t.grad_fn for t in gradient if t.grad_fn is not None]
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        if node.name().endswith("::Error"):
+            raise NotImplementedError(
+                "`influence_scores(method='double-vjp')` needs second derivatives, and the loss has an operation "
+                "without: a torch.autograd.Function marked @once_differentiable. Use method='jvp' or "
+                "'per-example-gradients'."
+            )
+        further = {to for to, _ in node.next_functions if to is not None} - seen
+        seen |= further
+        todo.extend(further)
 
 
 def scoring_plan(
@@ -149,6 +186,7 @@ def scoring_plan(
     *,
     examples: int | None = None,
     numbers: int | None = None,
+    methods: Sequence[str] | None = None,
 ) -> ScoringPlan:
     """How to score batches like this one, by `lissa.scoring.plan_scoring`, from what its first example takes.
 
@@ -159,12 +197,15 @@ def scoring_plan(
         vectors: How many are stacked.
         examples: How many there will be to score; the default is those of the batch.
         numbers: Most numbers that a chunk holds.
+        methods: Those to choose from. The default is all that give the scores of `method="auto"` here: double-vjp is
+            not one of them inside a transform, nor where the loss has no second derivative, or depends on something
+            that requires grad while gradients are enabled. That is tried on the first example.
 
     Returns:
         The plan; `influence_scores(..., method=plan)` follows it.
 
     Raises:
-        ValueError: If the tensors of the batch do not share their first dimension.
+        ValueError: If the tensors of the batch do not share their first dimension, or a method is unknown.
 
     Example:
         >>> def example_losses(params, x):
@@ -172,15 +213,27 @@ def scoring_plan(
         >>> params, x = {"w": torch.ones(500)}, torch.ones(1000, 500)
         >>> few, many = (scoring_plan(example_losses, params, x, vectors) for vectors in (1, 1000))
         >>> few.method, many.method
-        ('jvp', 'per-example-gradients')
+        ('double-vjp', 'per-example-gradients')
         >>> influence_scores(example_losses, params, {"w": torch.ones(1, 500)}, x, method=few).shape
         torch.Size([1, 1000])
     """
     n = sampling.batch_length("scoring_plan", batch)
-    work = forward_work(example_loss_fn, params, sampling.take(batch, slice(0, 1)))
-    device = next(iter(params.values())).device.type
-    P = tree.numel(params)
-    return plan_scoring(work, examples=examples or n, vectors=vectors, parameters=P, device=device, numbers=numbers)
+    example = sampling.take(batch, slice(0, 1))
+    plan = functools.partial(
+        plan_scoring,
+        forward_work(example_loss_fn, params, example),
+        examples=examples or n,
+        vectors=vectors,
+        parameters=tree.numel(params),
+        device=next(iter(params.values())).device.type,
+        numbers=numbers,
+    )
+    if methods is not None:
+        return plan(methods=methods)
+    fastest = plan()
+    if fastest.method == "double-vjp" and not _takes_double_vjp(example_loss_fn, params, example):
+        return plan(methods=DIFFERENTIABLE)
+    return fastest
 
 
 def per_example_gradients(
@@ -213,6 +266,39 @@ def per_example_gradients(
 
     in_dims = pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, batch)
     return torch.vmap(grad(loss_of_one), in_dims=(None, in_dims), chunk_size=chunk_size)(params, batch)
+
+
+def _by_double_vjp(
+    example_loss_fn: ExampleLossFn, params: Params, vectors: Params, batch: Batch, chunk_size: int | None
+) -> Tensor:
+    """`scores_of_graph` of leaf copies of the parameters, for chunks of examples."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not is_constant():
+        raise NotImplementedError(
+            "`influence_scores(method='double-vjp')` runs torch.autograd on copies of the parameters: not inside "
+            "transforms of torch.func, torch.compile or inference mode. Use method='auto', 'jvp' or "
+            "'per-example-gradients' there."
+        )
+    leaves = tree.map(lambda p: p.detach().requires_grad_(), params)
+    scores = []
+    for part in [batch] if chunk_size is None else _cut(batch, chunk_size):
+        with torch.enable_grad(), twice_differentiable():
+            losses = _example_loss_of_params(example_loss_fn, part)(leaves)
+        scores.append(scores_of_graph(losses, leaves, vectors))
+    return torch.cat(scores, dim=-1)
+
+
+def _takes_double_vjp(example_loss_fn: ExampleLossFn, params: Params, example: Batch) -> bool:
+    """Whether double-vjp runs, and its scores, constants, are what they should be."""
+    if not is_constant(params, example):
+        return False
+    example_loss = _example_loss_of_params(example_loss_fn, example)
+    if torch.is_grad_enabled() and example_loss(params).requires_grad:  # of something else, as it must be
+        return False
+    try:
+        _by_double_vjp(example_loss_fn, params, tree.map(lambda p: p.unsqueeze(0), params), example, None)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _cut(batch: Batch, size: int) -> list[Batch]:

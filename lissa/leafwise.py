@@ -35,21 +35,27 @@ def leafwise(call: str, prepare: Prepare, params: Params, batch: Batch, v: Param
     Returns:
         The product.
     """
-    if _is_constant(params, batch, v):
+    if is_constant(params, batch, v):
         return _apart(prepare, params, batch, v)
     leaves, structure = pytree.tree_flatten((params, batch, v))
     vectors = len(v)
     return dict(zip(params, _Leafwise.apply(call, prepare, structure, vectors, 0, *leaves), strict=True))
 
 
-def _is_constant(params: Params, batch: Batch, v: Params) -> bool:
-    """Whether nothing around the call differentiates or vmaps: then there is no transform to leave."""
+def is_constant(*values: Any) -> bool:
+    """Whether nothing around the call differentiates or vmaps the tensors in `values`; if so, no transform is active.
+
+    Example:
+        >>> is_constant({"w": torch.ones(2)}), is_constant(torch.ones(2, requires_grad=True))
+        (True, False)
+        >>> torch.vmap(lambda x: x * is_constant())(torch.ones(2))
+        tensor([0., 0.])
+    """
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     if not torch.is_grad_enabled():
         return True
-    leaves = (*params.values(), *v.values(), *pytree.tree_leaves(batch))
-    return not any(isinstance(t, Tensor) and t.requires_grad for t in leaves)
+    return not any(isinstance(t, Tensor) and t.requires_grad for t in pytree.tree_leaves(values))
 
 
 def _apart(prepare: Prepare, params: Params, batch: Batch, v: Params) -> Params:

@@ -1,10 +1,10 @@
-"""What scoring a batch costs by each method, from what one example's forward pass does; the cheaper one is taken.
+"""What scoring a batch costs by each method, from what one example's forward pass does; the cheapest is taken.
 
 Counts operations of a loss by watching one forward pass. Knows sizes and costs; knows nothing of what scores are for.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,12 +12,17 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lissa import checks
 from lissa.types import Batch, ExampleLossFn, Params
 
 NUMBERS_AT_ONCE = {"cpu": 10 * 2**20, "cuda": 2**27}
 """Most numbers that a chunk holds. On a CPU 40 MiB in float32: an allocator that gives freed memory back to the system
 beyond 64 MiB, as glibc's does, pays for it with page faults, and a chunk takes two to four times as long. Elsewhere
 512 MiB, as small chunks cost launches."""
+
+
+METHODS = ("jvp", "per-example-gradients", "double-vjp")
+"""The ways to score; see `lissa.influence_scores`."""
 
 
 class ForwardWork(NamedTuple):
@@ -30,6 +35,9 @@ class ForwardWork(NamedTuple):
         written: Numbers that operations write.
         largest: Numbers of the largest tensor written.
         tables: Numbers of the embeddings that rows are looked up in.
+        looked_up: Numbers of those rows.
+        inputs: Numbers of those read that are of the example.
+        input_multiplications: Those multiplications whose factors are of the example.
     """
 
     operations: int
@@ -38,13 +46,16 @@ class ForwardWork(NamedTuple):
     written: int
     largest: int
     tables: int = 0
+    looked_up: int = 0
+    inputs: int = 0
+    input_multiplications: int = 0
 
 
 class ScoringPlan(NamedTuple):
     """How to score.
 
     Attributes:
-        method: `"jvp"` or `"per-example-gradients"`.
+        method: One of `METHODS`.
         chunk_sizes: Examples at a time, by method.
         seconds: The model's times, to be compared with each other.
     """
@@ -63,36 +74,48 @@ def forward_work(example_loss_fn: ExampleLossFn, params: Params, example: Batch)
     """Counts what `example_loss_fn(params, example)` does, for a batch of one.
 
     Example:
-        >>> forward_work(lambda p, x: (x @ p["w"]).square().squeeze(1), {"w": torch.ones(3, 1)}, torch.ones(1, 3))
-        ForwardWork(operations=2, multiplications=3, read=4, written=2, largest=1, tables=0)
+        >>> work = forward_work(lambda p, x: (x @ p["w"]).square()[:, 0], {"w": torch.ones(3, 1)}, torch.ones(1, 3))
+        >>> work.operations, work.multiplications, work.read, work.inputs, work.written
+        (2, 3, 4, 3, 2)
     """
-    with torch.no_grad(), _Counter(params) as counter:
+    with torch.no_grad(), _Counter(params, example) as counter:
         example_loss_fn(params, example)
     return counter.work()
 
 
 def plan_scoring(
-    work: ForwardWork, *, examples: int, vectors: int, parameters: int, device: str = "cpu", numbers: int | None = None
+    work: ForwardWork,
+    *,
+    examples: int,
+    vectors: int,
+    parameters: int,
+    device: str = "cpu",
+    numbers: int | None = None,
+    methods: Sequence[str] = METHODS,
 ) -> ScoringPlan:
-    """The cheaper method and its chunk, for n examples, K vectors, P parameters and the work W of a forward pass.
+    """The cheapest method and its chunk, for n examples, K vectors, P parameters and the work W of a forward pass.
 
-        t(jvp)       = chunks (N a + 2 K (P + 2 V) w) + n (K + 1) (F m + M w)
-        t(gradients) = chunks (N a + 2 K P w) + n (2 (F m + M w) + P (2 w + K m))
+        t(jvp)        = chunks (N a + K (P + V) w) + n ((K + 1) (G m + M w) + 2 K E w + (K / 2 + 4) I w)
+        t(gradients)  = chunks (N a + K P w) + n (G m + 2 (M + I) w + P (K m + 2.5 w))
+        t(double-vjp) = chunks ((K + 8) N a / 10 + K (P - V) w + 5 P w) + n ((K + 2) (G m + M w) + 4 E w + (K + 1) I w)
 
-    with N operations, F multiplications, M numbers read or written and V numbers in embedding tables of W. A jvp pushes
-    the example and K vectors through the forward pass. A gradient takes a forward and a backward pass, and P numbers
-    that are written, and read again for K products. Either reads all vectors for each chunk, and the jvp copies the
-    embedding tables of all vectors, to look up rows in all of them at once.
+    with, of W, N operations and 14 for the call, I numbers read of the example and M others read or written, E of them
+    looked up in embedding tables of V numbers, and G multiplications, those of the forward pass twice, but once where
+    the example is a factor, which has no derivative. A jvp pushes the example and K vectors through the forward pass. A
+    gradient takes a forward and a backward pass, and P numbers that are written, and read again for K products. A
+    double-vjp takes these two passes for all examples of a chunk, and then a pass for each vector; it calls a kernel in
+    a tenth of the time, but calls it for each vector anew. Each reads all vectors for each chunk. For a jvp the tables
+    of all vectors are copied, to look up rows in all of them at once, and so is the example; a double-vjp reads the
+    rows, but adds up gradients of theirs, in one as large as the parameters.
 
-    Three constants are of the machine, here one core with float32: a = 50 us to call a kernel through `torch.func`,
-    m = 10 ps a multiplication (200 GFLOP/s), w = 0.3 ns a number moved (13 GB/s). What is chosen depends on their
-    ratios alone, and little on those: where it would, both times are alike. In 308 cases, 128 of them of models that
-    the formula was not made for, it chose the faster method in 95%, the slower one took at most 1.3 times as long, and
-    the times were off by a factor of 1.15 in the median: `python -m benchmarks.scoring`.
+    Three constants are of the machine, here one core with float32: a = 35 us to call a kernel through `torch.func`,
+    m = 12.5 ps a multiplication (160 GFLOP/s), w = 0.35 ns a number moved (11 GB/s). What is chosen depends on their
+    ratios alone, and little on those: where it would, times are alike. The numbers in the formula are fitted to a grid
+    of cases by `python -m benchmarks.scoring`, which judges the choice on that grid and on others.
 
     A chunk holds no more than `numbers`, or as much as the vectors do, which are there anyway. For an example, what the
-    forward pass writes is counted, and its largest tensor once more: K times for jvp, and with two gradients besides
-    for gradients. Chunks are even.
+    forward pass writes is counted, and its largest tensor once more: K times for jvp, with two gradients besides for
+    gradients, and four times for double-vjp, twice what its graph holds: it is fastest in the cache. Chunks are even.
 
     Args:
         work: Of one example.
@@ -101,49 +124,69 @@ def plan_scoring(
         parameters: P.
         device: The type of device, for the chunk.
         numbers: Most numbers that a chunk holds; the default is `NUMBERS_AT_ONCE`.
+        methods: Those to choose from.
 
     Returns:
         The plan.
 
+    Raises:
+        ValueError: If a method is unknown or there is none.
+
     Example:
-        >>> softmax_regression = ForwardWork(operations=7, multiplications=7840, read=850, written=22, largest=10)
-        >>> plans = [plan_scoring(softmax_regression, examples=1000, vectors=K, parameters=7850) for K in (1, 1000)]
-        >>> [plan.method for plan in plans]
-        ['jvp', 'per-example-gradients']
+        >>> from functools import partial
+        >>> softmax_regression = ForwardWork(7, multiplications=7840, read=850, written=22, largest=10, inputs=785)
+        >>> plan = partial(plan_scoring, softmax_regression, examples=1000, parameters=7850)
+        >>> [plan(vectors=K).method for K in (1, 10, 1000)]
+        ['double-vjp', 'jvp', 'per-example-gradients']
+        >>> plan(vectors=1, methods=("jvp", "per-example-gradients")).method
+        'jvp'
     """
+    if not methods:
+        raise ValueError("`plan_scoring(methods=...)` must name a method, got none.")
+    for method in methods:
+        checks.one_of("plan_scoring", "methods", method, METHODS)
     n, K, P = examples, vectors, parameters
-    N, F, V, M = work.operations, work.multiplications, work.tables, work.read + work.written
+    N, V, E, I = work.operations + OF_THE_CALL, work.tables, work.looked_up, work.inputs  # noqa: E741
+    M, G = work.read + work.written - I, 2 * work.multiplications - work.input_multiplications
     most = max(numbers or NUMBERS_AT_ONCE.get(device, NUMBERS_AT_ONCE["cuda"]), K * P)
-    passed = work.written + work.largest
-    held = {"jvp": K * max(1, passed), "per-example-gradients": 2 * P + passed}
-    chunks = {method: -(-n // max(1, most // of_one)) for method, of_one in held.items()}
-    seconds = {
-        "jvp": chunks["jvp"] * (N * a + 2 * K * (P + 2 * V) * w) + n * (K + 1) * (F * m + M * w),
-        "per-example-gradients": chunks["per-example-gradients"] * (N * a + 2 * K * P * w)
-        + n * (2 * (F * m + M * w) + P * (2 * w + K * m)),
+    passed = max(1, work.written + work.largest)
+    held = {"jvp": K * passed, "per-example-gradients": 2 * P + passed, "double-vjp": 4 * passed}
+    chunks = {method: -(-n // max(1, most // numbers_of_one)) for method, numbers_of_one in held.items()}
+    of_chunk = {
+        "jvp": N * a + K * (P + V) * w,
+        "per-example-gradients": N * a + K * P * w,
+        "double-vjp": (K + 8) * N * a / 10 + K * (P - V) * w + 5 * P * w,
     }
-    method = min(seconds, key=lambda method: seconds[method])
-    return ScoringPlan(method, {method: -(-n // count) for method, count in chunks.items()}, seconds)
+    of_one = {
+        "jvp": (K + 1) * (G * m + M * w) + 2 * K * E * w + (K / 2 + 4) * I * w,
+        "per-example-gradients": G * m + 2 * (M + I) * w + P * (K * m + 2.5 * w),
+        "double-vjp": (K + 2) * (G * m + M * w) + 4 * E * w + (K + 1) * I * w,
+    }
+    seconds = {method: chunks[method] * of_chunk[method] + n * of_one[method] for method in methods}
+    fastest = min(seconds, key=lambda method: seconds[method])
+    return ScoringPlan(fastest, {method: -(-n // chunks[method]) for method in methods}, seconds)
 
 
-a, m, w = 50e-6, 10e-12, 0.3e-9
-"""Seconds: to call a kernel, of a multiplication, and to read or write a number; see `plan_scoring`."""
+OF_THE_CALL = 14
+"""What a call costs beside the operations of the loss, in operations."""
+
+a, m, w = 35e-6, 12.5e-12, 0.35e-9
+"""Seconds: to call a kernel through `torch.func`, to multiply, and to read or write a number; see `plan_scoring`."""
 
 
 class _Counter(TorchDispatchMode):
     """Counts the kernels that run inside of it, what they multiply, read and write."""
 
-    def __init__(self, params: Params) -> None:
+    def __init__(self, params: Params, example: Batch) -> None:
         super().__init__()
-        self.operations = self.multiplications = self.read = self.written = self.largest = self.tables = 0
+        self.counts: dict[str, int] = dict.fromkeys(ForwardWork._fields, 0)
         self.parameters = {_memory(p) for p in params.values()}
+        self.example = {_memory(t) for t in pytree.tree_leaves(example) if isinstance(t, Tensor)} - {None}
         self.formulas = _formulas()
 
     def work(self) -> ForwardWork:
         """What was counted."""
-        return ForwardWork(
-            self.operations, int(self.multiplications), self.read, self.written, self.largest, self.tables
-        )
+        return ForwardWork(**self.counts)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -151,19 +194,25 @@ class _Counter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if getattr(func, "is_view", False):
             return out
-        self.operations += 1
+        counts = self.counts
+        read = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        of_example = [t for t in read if _memory(t) in self.example]
+        written = [t.numel() for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
+        counts["operations"] += 1
+        counts["read"] += sum(t.numel() for t in read if _memory(t) not in self.parameters)
+        counts["inputs"] += sum(t.numel() for t in of_example)
+        counts["written"] += sum(written)
+        counts["largest"] = max(counts["largest"], *written, 0)
         packet = getattr(func, "overloadpacket", None)
         formula = self.formulas.get(packet)
         if formula is not None:
-            self.multiplications += formula(*args, **(kwargs or {}), out_val=out) // 2
+            multiplications = int(formula(*args, **(kwargs or {}), out_val=out)) // 2
+            counts["multiplications"] += multiplications
+            counts["input_multiplications"] += multiplications if of_example else 0
         if packet is torch.ops.aten.embedding:
-            self.tables += args[0].numel()
-            self.read += out.numel()
-        read = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        self.read += sum(t.numel() for t in read if _memory(t) not in self.parameters)
-        written = [t.numel() for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
-        self.written += sum(written)
-        self.largest = max(self.largest, *written, 0)
+            counts["tables"] += args[0].numel()
+            counts["looked_up"] += out.numel()
+            counts["read"] += out.numel()
         return out
 
 
@@ -176,8 +225,14 @@ def _memory(t: Tensor) -> int | None:
 
 
 def _formulas() -> dict[Any, Callable[..., int]]:
-    """Torch's own counts of floating-point operations, two to a multiplication."""
+    """Torch's own counts of floating-point operations, two a multiplication, and those of vectors, which it lacks."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what torch warns of on import is not about these
         from torch.utils.flop_counter import flop_registry
-    return flop_registry
+    aten = torch.ops.aten
+    return {
+        **flop_registry,
+        aten.dot: lambda a, b, out_val: 2 * a.numel(),
+        aten.mv: lambda A, b, out_val: 2 * A.numel(),
+        aten.addmv: lambda c, A, b, out_val, **kwargs: 2 * A.numel(),
+    }

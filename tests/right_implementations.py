@@ -76,6 +76,7 @@ RIGHT: dict[str, tuple] = {
     "solve_lissa": (lissa_solver, solver_laws(rtol=1e-2)),
     "solve_lissa, sampled": (lissa_sampled, sampling_solver_laws()),
     "influence_scores by jvp": (partial(lissa.influence_scores, method="jvp"), scores),
+    "influence_scores by double-vjp": (partial(lissa.influence_scores, method="double-vjp"), scores),
     "influence_scores by per-example gradients": (
         partial(lissa.influence_scores, method="per-example-gradients"),
         score_laws(),

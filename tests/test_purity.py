@@ -40,6 +40,9 @@ CALLS = {
     "influence_scores by gradients": lambda: lissa.influence_scores(
         PROBLEM.example_loss_fn, PARAMS, V, BATCH, method="per-example-gradients"
     ),
+    "influence_scores by double-vjp": lambda: lissa.influence_scores(
+        PROBLEM.example_loss_fn, PARAMS, V, BATCH, method="double-vjp"
+    ),
     "batch_stream": lambda: next(lissa.batch_stream(BATCH, 2, generator=seeded())),
 }
 

@@ -5,9 +5,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
-from lissa import hvp, influence_scores, per_example_gradients, tree
+from lissa import hvp, influence, influence_scores, per_example_gradients, scoring_plan, tree
 from lissa.influence import scores_of_graph
+from lissa.scoring import plan_scoring
 from tests.oracles import dense_gradients, dense_hessian, flatten, unflatten
 from tests.problems import recurrent
 
@@ -32,11 +35,13 @@ def stacked_vectors(params, k, generator):
     return tree.normal_like(tree.map(lambda p: p.expand(k, *p.shape), params), generator=generator)
 
 
+METHODS = ("auto", "jvp", "per-example-gradients", "double-vjp")
+
 # Scores are sums of P products in float64: rounding is about P u |g| |x|, far below this.
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 
 
-@pytest.mark.parametrize("method", ["auto", "jvp", "per-example-gradients"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("chunk_size", [None, 1, 3])
 def test_scores_are_gradients_times_ihvp(method, chunk_size):
     params, batch, generator = problem()
@@ -48,7 +53,7 @@ def test_scores_are_gradients_times_ihvp(method, chunk_size):
     torch.testing.assert_close(scores, expected, **CLOSE)
 
 
-@pytest.mark.parametrize("method", ["auto", "jvp", "per-example-gradients"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("k", [1, 3, 20])
 @pytest.mark.parametrize("chunk_size", [None, 2])
 def test_k_vectors_give_k_rows(method, k, chunk_size):
@@ -65,12 +70,14 @@ def test_k_vectors_give_k_rows(method, k, chunk_size):
 
 @given(n=st.integers(1, 6), k=st.integers(1, 4), seed=st.integers(0, 10**6))
 @settings(max_examples=30, deadline=None)
-def test_both_methods_agree(n, k, seed):
+def test_the_methods_agree(n, k, seed):
     params, batch, generator = problem(n, seed)
     ihvps = stacked_vectors(params, k, generator)
-    by_jvp = influence_scores(example_losses, params, ihvps, batch, method="jvp")
-    by_gradients = influence_scores(example_losses, params, ihvps, batch, method="per-example-gradients")
+    by_jvp, by_gradients, by_double_vjp = (
+        influence_scores(example_losses, params, ihvps, batch, method=method) for method in METHODS[1:]
+    )
     torch.testing.assert_close(by_jvp, by_gradients, **CLOSE)
+    torch.testing.assert_close(by_jvp, by_double_vjp, **CLOSE)
 
 
 def test_scores_do_not_depend_on_the_order_or_the_cut_of_the_examples():
@@ -198,14 +205,14 @@ def test_hvp_and_scores_agree_with_the_dense_solution():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("method", ["jvp", "per-example-gradients"])
+@pytest.mark.parametrize("method", METHODS[1:])
 def test_scores_keep_the_dtype(dtype, method):
     params, batch, generator = problem(dtype=dtype)
     ihvp = tree.normal_like(params, generator=generator)
     assert influence_scores(example_losses, params, ihvp, batch, method=method).dtype == dtype
 
 
-@pytest.mark.parametrize("method", ["jvp", "per-example-gradients"])
+@pytest.mark.parametrize("method", METHODS[1:])
 def test_the_key_order_of_the_ihvp_does_not_matter(method):
     params, batch, generator = problem()
     ihvp = tree.normal_like(params, generator=generator)
@@ -220,12 +227,180 @@ def test_nothing_of_the_callers_is_changed():
     params["w1"].requires_grad_()
     before = {k: p.clone() for k, p in params.items()}
     rng = torch.get_rng_state()
-    for method in ("jvp", "per-example-gradients"):
+    for method in METHODS:
         influence_scores(example_losses, params, ihvp, batch, method=method)
 
     assert torch.equal(rng, torch.get_rng_state())
     assert all(torch.equal(before[k], params[k]) and params[k].grad is None for k in params)
     assert [k for k in params if params[k].requires_grad] == ["w1"]
+
+
+def prefer(monkeypatch, method):
+    """Makes `method` the cheapest wherever the plan may choose it."""
+
+    def plan(work, *, examples, methods=METHODS[1:], **kwargs):
+        found = plan_scoring(work, examples=examples, methods=methods, **kwargs)
+        return found._replace(method=method) if method in methods else found
+
+    monkeypatch.setattr(influence, "plan_scoring", plan)
+
+
+def test_where_something_requires_grad_auto_gives_scores_that_can_be_differentiated(monkeypatch):
+    prefer(monkeypatch, "double-vjp")
+    params, (x, y), generator = problem()
+    ihvp = tree.normal_like(params, generator=generator)
+
+    def needing_grad(parts):
+        return tree.map(lambda t: t.clone().requires_grad_(), parts)
+
+    (w,) = needing_grad({"w": x[0]}).values()
+    calls = {
+        "nothing": (example_losses, params, ihvp, (x, y)),
+        "params": (example_losses, needing_grad(params), ihvp, (x, y)),
+        "ihvp": (example_losses, params, needing_grad(ihvp), (x, y)),
+        "batch": (example_losses, params, ihvp, (x.clone().requires_grad_(), y)),
+        "loss": (lambda p, b: example_losses(p, (b[0] * w, b[1])), params, ihvp, (x, y)),
+    }
+    differentiable = {name: influence_scores(*call).requires_grad for name, call in calls.items()}
+    assert differentiable == {"nothing": False, "params": True, "ihvp": True, "batch": True, "loss": True}
+    with torch.no_grad():
+        planned = {name: scoring_plan(f, p, b, 1).method for name, (f, p, _, b) in calls.items()}
+    assert set(planned.values()) == {"double-vjp"}
+
+
+def test_inside_a_transform_auto_leaves_double_vjp_out(monkeypatch):
+    prefer(monkeypatch, "double-vjp")
+    params, (x, y), generator = problem()
+    ihvps = stacked_vectors(params, 3, generator)
+    score = partial(influence_scores, example_losses, params)
+    expected = score(ihvps, (x, y), method="jvp")
+
+    torch.testing.assert_close(torch.vmap(lambda v: score(v, (x, y)))(ihvps), expected, **CLOSE)
+    jacobian = torch.func.jacrev(lambda x: score(ihvps, (x, y)))(x)
+    by_gradients = torch.func.jacrev(lambda x: score(ihvps, (x, y), method="per-example-gradients"))(x)
+    torch.testing.assert_close(jacobian, by_gradients, **CLOSE)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        tangent = forward_ad.unpack_dual(score(ihvps, (dual, y))).tangent
+    torch.testing.assert_close(tangent, jacobian.sum((-2, -1)), **CLOSE)
+    compiled = torch.compile(lambda v: score(v, (x, y)), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(ihvps), expected, **CLOSE)
+    with torch.inference_mode():
+        torch.testing.assert_close(score(ihvps, (x, y)), expected, **CLOSE)
+        torch.testing.assert_close(score(ihvps, (x + 0, y)), expected, **CLOSE)
+
+
+def test_a_loss_without_a_second_derivative_is_scored_another_way(monkeypatch):
+    prefer(monkeypatch, "double-vjp")
+    table = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows = torch.tensor([[0, 1], [5, 2], [3, 3]])
+
+    class Square(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(x):
+            return x**2
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(inputs[0])
+            ctx.save_for_forward(inputs[0])
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx, grad):
+            return 2 * grad * ctx.saved_tensors[0]
+
+        @staticmethod
+        def jvp(ctx, tangent):
+            return 2 * tangent * ctx.saved_tensors[0]
+
+    def losses(params, rows):
+        return Square.apply(params["table"][rows]).sum((1, 2))
+
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        influence_scores(losses, {"table": table}, {"table": table}, rows, method="double-vjp")
+    scores = influence_scores(losses, {"table": table}, {"table": table}, rows)
+    torch.testing.assert_close(scores, 2 * losses({"table": table}, rows), **CLOSE)
+
+
+def test_double_vjp_says_where_it_cannot_run():
+    params, batch, generator = problem()
+    ihvps = stacked_vectors(params, 2, generator)
+    score = partial(influence_scores, example_losses, params, batch=batch, method="double-vjp")
+    refusal = r"influence_scores\(method='double-vjp'\)"
+    with pytest.raises(NotImplementedError, match=refusal):
+        torch.vmap(lambda ihvp: score(ihvp=ihvp))(ihvps)
+    with pytest.raises(NotImplementedError, match=refusal), forward_ad.dual_level():
+        score(ihvp=ihvps)
+    with pytest.raises(NotImplementedError, match=refusal), torch.inference_mode():
+        score(ihvp=ihvps)
+    assert not score(ihvp=tree.map(lambda t: t.clone().requires_grad_(), ihvps)).requires_grad
+
+
+def test_double_vjp_scores_a_batch_without_rows_and_interacting_examples_in_one_piece():
+    """Each score is the derivative of the example's own loss, whatever else that loss depends on."""
+    params, (x, y), generator = problem()
+    ihvps = stacked_vectors(params, 2, generator)
+
+    class Custom:
+        inputs, labels = x, y
+
+    def centred(params, batch):
+        losses = example_losses(params, (batch.inputs, batch.labels))
+        return losses - losses.mean()
+
+    by_jvp, by_double_vjp = (
+        influence_scores(centred, params, ihvps, Custom(), method=method) for method in ("jvp", "double-vjp")
+    )
+    torch.testing.assert_close(by_double_vjp, by_jvp, **CLOSE)
+    with pytest.raises(ValueError, match="share a first dimension"):
+        influence_scores(centred, params, ihvps, Custom(), method="double-vjp", chunk_size=2)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_double_vjp_scores_packed_sequences(chunk_size):
+    problem_ = recurrent(seed=0, kind=torch.nn.LSTM, packed=True)
+    ihvp = tree.normal_like(problem_.params, generator=torch.Generator().manual_seed(1))
+    scores = influence_scores(
+        problem_.example_loss_fn, problem_.params, ihvp, problem_.batch, method="double-vjp", chunk_size=chunk_size
+    )
+    one_by_one = sum_of_products_one_by_one(problem_, ihvp)
+    torch.testing.assert_close(scores, one_by_one, **CLOSE)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_double_vjp_scores_looked_up_rows(sparse):
+    generator = torch.Generator().manual_seed(0)
+    params = {"table": torch.randn(6, 3, generator=generator, dtype=torch.float64)}
+    ihvps = stacked_vectors(params, 4, generator)
+
+    def losses(params, rows, sparse=False):
+        return F.embedding(rows, params["table"], sparse=sparse).sum(1).square().sum(1)
+
+    rows = torch.tensor([[0, 1], [5, 2], [3, 3]])
+    gradients = dense_gradients(losses, params, rows)
+    scores = influence_scores(partial(losses, sparse=sparse), params, ihvps, rows, method="double-vjp")
+    torch.testing.assert_close(scores, ihvps["table"].flatten(1) @ gradients.mT, **CLOSE)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_losses_of_batches_of_one_are_scored_by_each_method(method, chunk_size, monkeypatch):
+    """Of a mean loss alone, the losses of examples are those of batches of one, by vmap."""
+    prefer(monkeypatch, "double-vjp")
+    params, (x, y), generator = problem()
+    ihvps = stacked_vectors(params, 3, generator)
+
+    def of_rows(params, stack):
+        return torch.vmap(lambda row: example_losses(params, row).mean())(stack)
+
+    scores = influence_scores(
+        of_rows, params, ihvps, (x.unsqueeze(1), y.unsqueeze(1)), method=method, chunk_size=chunk_size
+    )
+    expected = influence_scores(example_losses, params, ihvps, (x, y), method="jvp")
+    torch.testing.assert_close(scores, expected, **CLOSE)
 
 
 @pytest.mark.parametrize("k", [0, 1, 3])
@@ -247,13 +422,19 @@ def test_packed_sequences_are_scored_together_as_one_by_one():
     problem_ = recurrent(seed=0, kind=torch.nn.LSTM, packed=True)
     ihvps = stacked_vectors(problem_.params, 2, torch.Generator().manual_seed(1))
     leaves = tree.map(lambda p: p.clone().requires_grad_(), problem_.params)
+    scores = scores_of_graph(problem_.example_loss_fn(leaves, problem_.batch), leaves, ihvps)
+    expected = [sum_of_products_one_by_one(problem_, tree.map(lambda t, k=k: t[k], ihvps)) for k in range(2)]
+    torch.testing.assert_close(scores, torch.stack(expected), **CLOSE)
+
+
+def sum_of_products_one_by_one(problem_, ihvp):
+    """Each example's gradient by a backward pass of its own, times the vector."""
+    leaves = tree.map(lambda p: p.clone().requires_grad_(), problem_.params)
     losses = problem_.example_loss_fn(leaves, problem_.batch)
-    scores = scores_of_graph(losses, leaves, ihvps)
-    for i in range(len(losses)):
-        gradient = torch.autograd.grad(losses[i], list(leaves.values()), retain_graph=True, materialize_grads=True)
-        for k in range(2):
-            expected = sum((g * ihvps[name][k]).sum() for name, g in zip(leaves, gradient, strict=True))
-            torch.testing.assert_close(scores[k, i], expected, **CLOSE)
+    gradients = [
+        torch.autograd.grad(loss, list(leaves.values()), retain_graph=True, materialize_grads=True) for loss in losses
+    ]
+    return torch.stack([sum((g * x).sum() for g, x in zip(each, ihvp.values(), strict=True)) for each in gradients])
 
 
 def test_losses_that_are_constants_have_no_influence():

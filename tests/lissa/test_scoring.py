@@ -1,11 +1,11 @@
-"""The work of a forward pass is counted right, and the plan made of it is the cheaper method within memory."""
+"""The work of a forward pass is counted right, and the plan made of it is the cheapest method within memory."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from lissa import influence_scores, per_example_gradients
-from lissa.scoring import NUMBERS_AT_ONCE, ForwardWork, forward_work, plan_scoring
+from lissa.scoring import METHODS, NUMBERS_AT_ONCE, ForwardWork, forward_work, plan_scoring
 
 
 def example_losses(params, batch):
@@ -24,6 +24,8 @@ def test_the_work_of_an_example():
     assert 4 + 4 + 3 + 3 + 1 <= work.written <= 4 + 4 + 3 + 3 + 2
     # Each operation reads what the one before wrote, the first the example and the last a label too.
     assert work.read == 5 + 4 + 4 + 3 + 3 + 1
+    assert work.inputs == 5 + 1
+    assert work.input_multiplications == 5 * 4
 
 
 def test_the_work_of_an_embedding_is_in_its_table():
@@ -32,7 +34,27 @@ def test_the_work_of_an_embedding_is_in_its_table():
     assert work.tables == 7 * 4
     assert work.written == 3 * 4 + 1
     assert work.read == 3 + 3 * 4 + 3 * 4  # the indices and their rows, and the rows once more for their sum
+    assert work.looked_up == 3 * 4
+    assert work.inputs == 3
     assert work.multiplications == 0
+
+
+def test_the_work_of_products_with_vectors():
+    params = {"A": torch.ones(5, 4), "b": torch.ones(4), "c": torch.ones(5)}
+    products = [
+        lambda p, x: (p["A"] @ p["b"])[:1],
+        lambda p, x: torch.addmv(p["c"], p["A"], p["b"])[:1],
+        lambda p, x: torch.dot(p["b"], p["b"]).reshape(1),
+    ]
+    assert [forward_work(f, params, torch.ones(1)).multiplications for f in products] == [20, 20, 4]
+
+
+def test_what_is_read_of_the_example_is_counted_inside_vmap_too():
+    def of_rows(params, x):
+        return torch.vmap(lambda row: (row @ params["w"]).square().sum())(x)
+
+    work = forward_work(of_rows, {"w": torch.ones(5, 4)}, torch.ones(1, 5))
+    assert (work.inputs, work.input_multiplications) == (5, 20)
 
 
 def test_counting_neither_differentiates_nor_draws():
@@ -43,15 +65,27 @@ def test_counting_neither_differentiates_nor_draws():
     assert torch.equal(before, torch.get_rng_state())
 
 
-WORK = ForwardWork(operations=10, multiplications=10_000, read=1_000, written=1_000, largest=500)
+WORK = ForwardWork(
+    operations=10,
+    multiplications=10_000,
+    read=1_000,
+    written=1_000,
+    largest=500,
+    tables=300,
+    looked_up=30,
+    inputs=200,
+    input_multiplications=4_000,
+)
 
 
 @pytest.mark.parametrize("vectors", [1, 10, 100])
 @pytest.mark.parametrize("parameters", [10_000, 10**6])
 def test_chunks_hold_what_they_may_or_as_much_as_the_vectors(vectors, parameters):
-    held = {"jvp": vectors * (1_000 + 500), "per-example-gradients": 2 * parameters + 1_000 + 500}
+    passed = 1_000 + 500
+    held = {"jvp": vectors * passed, "per-example-gradients": 2 * parameters + passed, "double-vjp": 4 * passed}
     for numbers in (10**5, 10**7):
         plan = plan_scoring(WORK, examples=10**6, vectors=vectors, parameters=parameters, numbers=numbers)
+        assert plan.chunk_sizes.keys() == held.keys()
         for method, size in plan.chunk_sizes.items():
             assert size == 1 or size * held[method] <= max(numbers, vectors * parameters)
 
@@ -63,8 +97,8 @@ def test_chunks_are_even():
     assert {n: size["jvp"] for n, size in sizes.items()} == {10: 10, 11: 6, 25: 9}  # at most ten of 1,500 numbers each
 
 
-def test_many_vectors_and_long_sequences_favour_gradients_and_many_parameters_favour_jvp():
-    def method(vectors=10, parameters=10_000, times_as_long=1, tables=0):
+def test_many_vectors_and_long_sequences_favour_gradients_and_many_parameters_the_others():
+    def method(examples=1000, vectors=10, parameters=10_000, times_as_long=1, tables=0, methods=METHODS):
         work = ForwardWork(
             operations=10,
             multiplications=10_000 * times_as_long,
@@ -73,22 +107,37 @@ def test_many_vectors_and_long_sequences_favour_gradients_and_many_parameters_fa
             largest=500 * times_as_long,
             tables=tables,
         )
-        return plan_scoring(work, examples=1000, vectors=vectors, parameters=parameters).method
+        return plan_scoring(work, examples=examples, vectors=vectors, parameters=parameters, methods=methods).method
 
-    assert method(vectors=1) == "jvp"
+    assert method(examples=10, vectors=1) == "double-vjp"
     assert method(vectors=1000) == "per-example-gradients"
     assert method(times_as_long=100) == "per-example-gradients"
-    assert method(parameters=10**6) == "jvp"
-    assert method(parameters=10**6, tables=10**10) == "per-example-gradients"
+    assert method(parameters=10**6, methods=METHODS[:2]) == "jvp"
+    assert method(parameters=10**6, tables=10**6, vectors=100) == "double-vjp"
+    assert method(parameters=10**6, tables=10**10, methods=METHODS[:2]) == "per-example-gradients"
+
+
+def test_only_the_methods_that_are_named_are_planned():
+    for methods in (("jvp",), ("double-vjp", "per-example-gradients")):
+        plan = plan_scoring(WORK, examples=100, vectors=10, parameters=1_000, methods=methods)
+        assert plan.method in methods
+        assert set(plan.seconds) == set(plan.chunk_sizes) == set(methods)
+    for methods, got in ((("fast",), "'fast'"), ((), "none")):
+        with pytest.raises(ValueError, match=rf"`plan_scoring\(methods=...\)`.*{got}"):
+            plan_scoring(WORK, examples=100, vectors=10, parameters=1_000, methods=methods)
 
 
 def test_the_times_are_those_of_the_formula():
-    plan = plan_scoring(WORK, examples=100, vectors=10, parameters=1_000, numbers=150_000)  # ten chunks by jvp, three
-    overhead = 10 * 50e-6
-    jvp = 10 * (overhead + 20 * 1_000 * 0.3e-9) + 100 * 11 * (10_000 * 10e-12 + 2_000 * 0.3e-9)
-    gradients = 3 * (overhead + 20 * 1_000 * 0.3e-9)
-    gradients += 100 * (20_000 * 10e-12 + 4_000 * 0.3e-9 + 2_000 * 0.3e-9 + 10_000 * 10e-12)
-    assert plan.seconds == pytest.approx({"jvp": jvp, "per-example-gradients": gradients}, rel=1e-9)
+    plan = plan_scoring(WORK, examples=100, vectors=10, parameters=1_000, numbers=150_000)
+    a, m, w = 35e-6, 12.5e-12, 0.35e-9
+    call, pass_ = 24 * a, 16_000 * m + 1_800 * w
+    jvp = 10 * (call + 10 * 1_300 * w) + 100 * (11 * pass_ + 600 * w + 9 * 200 * w)  # ten chunks
+    gradients = 3 * (call + 10 * 1_000 * w)  # three
+    gradients += 100 * (16_000 * m + 4_000 * w + 10_000 * m + 2_500 * w)
+    double_vjp = 4 * (1.8 * call + 10 * 700 * w + 5_000 * w)  # four, of up to 25 examples
+    double_vjp += 100 * (12 * pass_ + 120 * w + 11 * 200 * w)
+    expected = {"jvp": jvp, "per-example-gradients": gradients, "double-vjp": double_vjp}
+    assert plan.seconds == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("numbers", [1, 40, 10**6])
