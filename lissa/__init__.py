@@ -4,6 +4,7 @@ Pure functions on `torch.func`. Damping is in the units of the Hessian: `solve_*
 """
 
 from lissa import checks, tree
+from lissa.block_cg import solve_block_cg
 from lissa.curvature import fvp, ggnvp, linearised_hvp
 from lissa.dual import DualInfluence, dual_influence, output_gram
 from lissa.hvp import (
@@ -93,6 +94,7 @@ __all__ = [
     "score_interval",
     "scoring_plan",
     "settled_places",
+    "solve_block_cg",
     "solve_cg",
     "solve_dense",
     "solve_lissa",
