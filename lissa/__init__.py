@@ -31,7 +31,7 @@ from lissa.spectrum import Spectrum, batch_noise, estimate_spectrum, largest_eig
 from lissa.stacked import solve_lissa_stacked, stacked_hvp
 from lissa.svrg import solve_svrg
 from lissa.tracing import compiled, traced
-from lissa.tuned import choose_settings, solve_tuned
+from lissa.tuned import choose_settings, solve_tuned, solve_tuned_stacked
 from lissa.tuning import Settings, least_damping, suggest_damping, tune_lissa
 from lissa.types import Batch, BatchMatvec, ExampleLossFn, LossFn, Matvec, Params, Solution, SolverError, Status
 from lissa.uncertainty import ScoreInterval, score_bound, score_interval, settled_places
@@ -102,6 +102,7 @@ __all__ = [
     "solve_minres",
     "solve_svrg",
     "solve_tuned",
+    "solve_tuned_stacked",
     "stacked_hvp",
     "suggest_damping",
     "take",

@@ -24,9 +24,9 @@ def solve_block_cg(
     """`x_k = (H + damping I)^-1 v_k` for k = 1..K, each the best in the Krylov space of all K right-hand sides.
 
     A step takes one product of K vectors, as K runs of `solve_cg` do, and the space grows by K dimensions instead of
-    one for each. The number of steps is about that of CG on a matrix without its K largest eigenvalues, about
-    `sqrt((lambda_{K+1} + damping) / damping) / 2 * ln(2 / rtol)`, where `lambda_{K+1} <= trace / (K + 1)`. Gradients
-    of 100 test losses of MNIST models take 5 steps where `solve_cg` takes 27. Besides the products a step costs about
+    one for each. The number of steps is about that of CG on a matrix without its K - 1 largest eigenvalues, at most
+    about `sqrt((lambda_K + damping) / damping) / 2 * ln(2 / rtol)`, where `lambda_K <= trace / K`. Gradients of 100
+    test losses of MNIST models take 5 steps where `solve_cg` takes 27. Besides the products a step costs about
     `8 K^2 P` multiplications, and five stacks of K vectors are held.
 
     The residuals are kept as `Q C` with orthonormal `Q`, so that right-hand sides that are equal, depend on each other

@@ -24,8 +24,8 @@ SMALL = 2**19
 which half is not arithmetic. Larger ones run near the speed of the machine, and copying their operands would cost."""
 
 THIN = 16
-"""Columns of an operand so few that its product runs far below the speed of the machine, however long they are: 784 x 10
-at a third. Side by side they run at full speed, and to put them there copies the thin operands alone."""
+"""Columns of an operand so few that its product runs far below the speed of the machine, however long they are: of
+784 x 10 at a third. Side by side they run at full speed, and putting them there copies the thin operands alone."""
 
 
 def simplified(module: GraphModule) -> GraphModule:

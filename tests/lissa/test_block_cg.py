@@ -58,7 +58,8 @@ def test_as_many_right_hand_sides_as_large_eigenvalues_take_those_out():
     eigenvalues, rtol = spread(), 1e-6
     found = solve_block_cg(diagonal(eigenvalues), {"x": normal(12, 200)}, damping=0.1, rtol=rtol)
     alone = solve_cg(diagonal(eigenvalues), {"x": normal(1, 200)[0]}, damping=0.1, rtol=rtol)
-    # O'Leary's bound, for the norm of A; in that of the residual it is larger by sqrt(kappa) of all of A at most.
+    # O'Leary's bound is for the norm of A; for the residual's it is larger by sqrt(kappa) of all of A at most, and for
+    # the part of a random start in the other directions by sqrt(P).
     kappa = 1.1 / 0.6
     bound = math.sqrt(kappa) / 2 * math.log(2 * math.sqrt(100.1 / 0.6) * math.sqrt(200) / rtol) + 1
     assert (found.relative_residual <= rtol).all()
