@@ -550,7 +550,8 @@ class SimpleInfluence(InfluenceInterpreter):
                 self._ranks.raise_first(partial(session.first_not_finite, "training", self._train, self._share))
             if worst.failed:
                 raise SolverError(report.failure_advice(worst, choice.solver, choice.damping, choice.scale), solution)
-            return solution, self._judge(session, choice, vectors, solution)._asdict()
+            used = choice.of(len(solution.status))
+            return solution, self._judge(session, used, vectors, solution)._asdict()
 
         return choice, solve
 

@@ -69,12 +69,16 @@ def solve_block_cg(
     checks.count(call, "steps", steps)
     like = tree.map(lambda t: t[0], v)
 
+    def unflatten(x: Tensor) -> Params:
+        return tree.map(lambda t, like: t.to(like.dtype), tree.unflatten(x, like), like)
+
     def product(X: Tensor) -> Tensor:
         """`(H + damping I) X`, of columns."""
-        vectors = torch.vmap(lambda x: tree.unflatten(x, like))(X.mT)
-        return torch.vmap(tree.flatten)(matvec(vectors)).detach().mT + damping * X
+        products = torch.vmap(tree.flatten)(matvec(torch.vmap(unflatten)(X.mT))).detach()
+        return products.to(X.dtype).mT + damping * X
 
     V = torch.vmap(tree.flatten)(v).detach().mT
+    V = V.to(torch.promote_types(V.dtype, torch.float32))
     length = V.norm(dim=0)
     finite = length.isfinite()
     status = torch.where(finite, RUNNING, int(Status.NOT_FINITE))
@@ -101,7 +105,7 @@ def solve_block_cg(
 
     def end(x: Tensor, status: Tensor, residual_norm: Tensor, length: Tensor, trace: Tensor) -> Solution:
         return outcome.solution(
-            tree.unflatten(x, like), status=status, residual_norm=residual_norm, length=length,
+            unflatten(x), status=status, residual_norm=residual_norm, length=length,
             steps=torch.zeros_like(status) + len(trace), trace=list(trace),
         )  # fmt: skip
 

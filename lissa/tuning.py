@@ -127,6 +127,7 @@ def tune_lissa(
     method: str = "auto",
     noise: float | None = None,
     vectors: int = 1,
+    overhead: float = 0.0,
 ) -> Settings:
     """`scale = lambda_max + damping + noise / B` and `steps = 8 scale / damping`, and the cheapest method.
 
@@ -137,6 +138,8 @@ def tune_lissa(
       makes every mode shrink without changing sign, and keeps clear of the noise that grows without limit at it.
     - Batch size: a step costs B and the number of steps is in proportion to the scale, so the cost is in proportion to
       `B (lambda_max + damping) + noise`: flat up to `B = noise / lambda_max`, the critical batch size, which is taken.
+    - Where a step costs as much as B + `overhead` examples (for the arithmetic on vectors, and what the machine does
+      before it multiplies), the cheapest batch size is the geometric mean of the overhead and the critical one.
     - Steps: the slowest mode shrinks by `1 - m / scale` a step. Stopping after T steps acts like an extra damping of
       about `scale / T`. After `8 scale / m` steps, and averaging over the second half, 0.5% of it is left.
     - Noise: the mean of w iterates has a residual of at most about `sqrt(noise / (m B w))` of `|v|`, where the last one
@@ -161,6 +164,7 @@ def tune_lissa(
         method: One of `METHODS`, or `"auto"`: the one of least predicted cost; `"lissa"`: the same without both CGs.
         noise: From `batch_noise`; the default, and the least that is taken, is the trace.
         vectors: Right-hand sides that are solved together, K.
+        overhead: What a step costs besides its products, in examples' worth of those. It counts in `passes`.
 
     Returns:
         The `Settings`, with the predicted cost.
@@ -190,6 +194,7 @@ def tune_lissa(
         checks.count(call, "batch_size", batch_size)
     if noise is not None:
         checks.non_negative(call, "noise", noise)
+    checks.non_negative(call, "overhead", overhead)
     largest, trace = float(spectrum.largest), max(float(spectrum.trace), float(spectrum.largest))
     noise = max(trace, noise or 0.0)
     slowest = damping + _curvature_floor(spectrum)
@@ -201,7 +206,9 @@ def tune_lissa(
         runs = repeats if method in ("averaged", "variance-reduced") else 1
         return Settings(method, damping, rtol, scale, B, T, after, epochs, runs, runs * passes)
 
-    B = min(n, batch_size or math.ceil(noise / largest) if largest > 0 else n)
+    critical = noise / largest if largest > 0 else n
+    B = min(n, batch_size or math.ceil(max(critical, math.sqrt(overhead * critical))))
+    step = (B + overhead) / n
     scale = largest + damping + noise / B
     steps = BURN_IN * scale / slowest
     noise_at_one_step = math.sqrt(noise / (slowest * B))
@@ -217,8 +224,8 @@ def tune_lissa(
 
     options = (
         settings("plain", full_scale, n, 1.2 * full_steps + SETTLED_STEPS, 0, 1, full_steps + 1),
-        settings("averaged", scale, B, longer * steps, 0.5, 1, longer * steps * B / n + 1),
-        settings("variance-reduced", scale, B, steps, 0.5, 4 * epochs, epochs * (steps * B / n + 1)),
+        settings("averaged", scale, B, longer * steps, 0.5, 1, longer * steps * step + 1),
+        settings("variance-reduced", scale, B, steps, 0.5, 4 * epochs, epochs * (steps * step + 1)),
         cg("cg", 1),
         cg("block-cg", vectors),
     )
