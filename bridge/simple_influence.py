@@ -73,7 +73,7 @@ class SimpleInfluence(InfluenceInterpreter):
             which see all the data and ignore scale and depth; `"gauss-newton"`: the Gauss-Newton matrix in place of
             the Hessian, for all test instances at once in the space of the model's outputs (`lissa.dual_influence`),
             which suits large models and a few thousand training instances; `"auto"`: the cheapest of LiSSA's ways and
-            CG.
+            CG, for many test instances with products that they share (`lissa.solve_block_cg`).
         rtol: The relative residual on all the data that solvers stop at, where they choose their own steps.
         seed: Where the order of the LiSSA batches comes from.
         compat: `"allennlp"` for AllenNLP's own numbers run for run: order by Python's global `random`, training
