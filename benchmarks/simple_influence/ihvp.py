@@ -16,10 +16,7 @@ Each tool runs in a process of its own. A tool that is missing is left out:
 
 import argparse
 import json
-import subprocess
 import sys
-import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -33,14 +30,12 @@ import bridge
 import lissa
 from benchmarks.accuracy import tasks
 from benchmarks.simple_influence import ihvp_peers
-from benchmarks.simple_influence.ihvp_problem import AIM, TESTS, Problem, Run, memory, timed
+from benchmarks.simple_influence.problem import AIM, TESTS, Problem, Run, alone, memory, timed, with_answers
 from benchmarks.timing import environment
 from lissa import Params, tree
 
 RESULTS = Path(__file__).parents[1] / "results"
 DAMPING = 1e-2
-AGREEMENT = 1e-3
-"""Between block CG and CG, both to a residual of 1e-5: their errors are at most kappa = 200 times as large."""
 
 
 def softmax_regression(name: str) -> Problem:
@@ -49,7 +44,7 @@ def softmax_regression(name: str) -> Problem:
     model = nn.Linear(784, 10, bias=False)
     with torch.no_grad():
         model.weight.copy_(task.params["weight"].T)
-    return with_answers(name, model, train, test)
+    return with_answers(name, model, train, test, DAMPING)
 
 
 def mlp(name: str) -> Problem:
@@ -62,22 +57,7 @@ def mlp(name: str) -> Problem:
             optimizer.zero_grad()
             F.cross_entropy(model(train[0][index]), train[1][index]).backward()
             optimizer.step()
-    return with_answers(name, model, train, test)
-
-
-def with_answers(name: str, model: nn.Module, train: Any, test: Any) -> Problem:
-    """The problem with its right-hand sides and their solutions, which two solvers agree on."""
-    test = lissa.take(test, slice(0, TESTS))
-    problem = Problem(name, model, train, test, DAMPING, torch.empty(0), torch.empty(0))
-    vectors = lissa.per_example_gradients(problem.example_loss_fn, problem.params, test)
-    product = partial(lissa.traced(problem.matvec), train)
-    answers = lissa.solve_block_cg(torch.vmap(product), vectors, damping=DAMPING, rtol=1e-5).value
-    one = tree.map(lambda t: t[0], vectors)
-    check = lissa.solve_cg(product, one, damping=DAMPING, rtol=1e-5).value
-    gap = tree.norm(tree.sub(check, tree.map(lambda t: t[0], answers))) / tree.norm(check)
-    if not gap <= AGREEMENT:
-        raise SystemExit(f"{name}: CG and block CG differ by {float(gap):.1e}: nothing is measured.")
-    return problem._replace(rhs=torch.vmap(tree.flatten)(vectors), right=torch.vmap(tree.flatten)(answers))
+    return with_answers(name, model, train, test, DAMPING)
 
 
 def ours(problem: Problem) -> Iterator[Run]:
@@ -147,8 +127,6 @@ def measure(problem: Problem, tool: str) -> dict[str, Any]:
     reached = [run for run in runs if run.error <= AIM]
     best = min(reached, key=lambda run: run.seconds) if reached else min(runs, key=lambda run: run.error, default=None)
     return {
-        "problem": problem.name,
-        "tool": tool,
         "best": best and best._asdict(),
         "reached": bool(reached),
         "runs": [run._asdict() for run in runs],
@@ -201,49 +179,24 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def in_a_process(path: Path, tool: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.simple_influence.ihvp", "--tool", tool, "--file", str(path)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        return {"failure": f"ended with code {done.returncode}"}
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def child(path: Path, tool: str) -> dict[str, Any]:
-    warnings.filterwarnings("ignore")  # of peers
-    problem = Problem(*torch.load(path, weights_only=False))
-    try:
-        return measure(problem, tool)
-    except Exception as failure:  # a peer's own, or that it is missing
-        return {"problem": problem.name, "tool": tool, "failure": f"{type(failure).__name__}: {str(failure)[:150]}"}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.simple_influence.ihvp", description=__doc__)
     parser.add_argument("--problem", default="", help="problems whose name contains this; rows of others are kept")
     parser.add_argument("--only", default="", help="tools whose name contains this; rows of others are kept")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder")
-    parser.add_argument("--tool", help=argparse.SUPPRESS)
-    parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if arguments.tool:
-        print(json.dumps(child(arguments.file, arguments.tool)))
-        return
-
     path = arguments.output / "simple-influence-ihvp-cpu.json"
     known = json.loads(path.read_text())["rows"] if path.exists() else []
     rows = {(row["problem"], row["tool"]): row for row in known}
     for name, make in PROBLEMS.items():
         if arguments.problem not in name:
             continue
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "problem.pt"
-            torch.save(tuple(make(name)), file)
-            for tool in TOOLS:
-                if arguments.only in tool:
-                    rows[name, tool] = {"problem": name, "tool": tool, **in_a_process(file, tool)}
-                    keep(rows, path)
+        problem = make(name)
+        for tool in TOOLS:
+            if arguments.only in tool:
+                rows[name, tool] = {"problem": name, "tool": tool, **alone(measure, problem, tool)}
+                keep(rows, path)
     print(path.with_suffix(".md").read_text())
 
 

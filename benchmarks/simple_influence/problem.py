@@ -1,11 +1,15 @@
 """What is solved for, as plain data and functions that all tools can start from, and how a run of one is recorded.
 
-Knows models and right-hand sides; knows no tool.
+Knows models, right-hand sides and processes; knows no tool.
 """
 
+import multiprocessing
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,9 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lissa import Params, ggnvp, tree
+from lissa import Params, ggnvp, per_example_gradients, solve_block_cg, solve_cg, take, traced, tree
 
 AIM, TESTS = 1e-2, 100
+AGREEMENT = 1e-3
+"""Between block CG and CG, both to a residual of 1e-5: their errors are at most kappa = 200 times as large."""
 
 T = TypeVar("T")
 
@@ -76,6 +82,21 @@ class Problem(NamedTuple):
         return float(((x - right).norm(dim=1) / right.norm(dim=1)).nan_to_num(nan=torch.inf).max())
 
 
+def with_answers(name: str, model: nn.Module, train: Any, test: Any, damping: float) -> Problem:
+    """The problem with its right-hand sides and their solutions, which two solvers agree on."""
+    test = take(test, slice(0, TESTS))
+    problem = Problem(name, model, train, test, damping, torch.empty(0), torch.empty(0))
+    vectors = per_example_gradients(problem.example_loss_fn, problem.params, test)
+    product = partial(traced(problem.matvec), train)
+    answers = solve_block_cg(torch.vmap(product), vectors, damping=damping, rtol=1e-5).value
+    one = tree.map(lambda t: t[0], vectors)
+    check = solve_cg(product, one, damping=damping, rtol=1e-5).value
+    gap = tree.norm(tree.sub(check, tree.map(lambda t: t[0], answers))) / tree.norm(check)
+    if not gap <= AGREEMENT:
+        raise SystemExit(f"{name}: CG and block CG differ by {float(gap):.1e}: nothing is measured.")
+    return problem._replace(rhs=torch.vmap(tree.flatten)(vectors), right=torch.vmap(tree.flatten)(answers))
+
+
 def timed(call: Callable[[], T]) -> tuple[float, T]:
     """Processor seconds and the result."""
     start = time.process_time()
@@ -90,6 +111,20 @@ def memory() -> Iterator[list[int]]:
     before, peak = _status("VmRSS"), [0]
     yield peak
     peak[0] = max(0, _status("VmHWM") - before)
+
+
+def alone(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """`measure(*arguments)` in a process of its own, of one thread; where it fails, in which words."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_quiet) as executor:
+        try:
+            return executor.submit(measure, *arguments).result()
+        except Exception as failure:  # a peer's own, or that it is missing
+            return {"failure": f"{type(failure).__name__}: {str(failure)[:150]}"}
+
+
+def _quiet() -> None:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
 
 
 def _status(name: str) -> int:
