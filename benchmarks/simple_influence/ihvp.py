@@ -98,10 +98,13 @@ def ours_cg(problem: Problem) -> Iterator[Run]:
     product = partial(lissa.traced(problem.matvec), problem.train)
     vectors = torch.vmap(problem.unflatten)(problem.rhs)
     warm_up = timed(lambda: torch.vmap(product)(vectors))[0]
-    for rtol in (1e-2, 7e-3, 5e-3):
-        solve = partial(lissa.solve_cg, product, damping=problem.damping, rtol=rtol)
-        seconds, found = timed(lambda solve=solve: torch.vmap(solve)(vectors))
-        yield Run(f"rtol {rtol:g}", warm_up, seconds, problem.error(torch.vmap(tree.flatten)(found.value)), TESTS)
+
+    def solvers() -> ihvp_peers.Solvers:
+        for rtol in (1e-2, 7e-3, 5e-3):
+            solve = partial(lissa.solve_cg, product, damping=problem.damping, rtol=rtol)
+            yield f"rtol {rtol:g}", lambda solve=solve: torch.vmap(lambda v: tree.flatten(solve(v).value))(vectors)
+
+    yield from ihvp_peers.until_reached(problem, solvers(), warm_up)
 
 
 PROBLEMS: dict[str, Callable[[str], Problem]] = {

@@ -80,7 +80,7 @@ def recursion(problem: Problem, product: LissaProduct) -> Iterator[Run]:
     full = partial(lissa.traced(problem.matvec), problem.train)
     spectrum = lissa.estimate_spectrum(full, problem.params, generator=torch.Generator().manual_seed(0))
     n, grid = len(problem.train[1]), []
-    for B, factors in ((n, (1.1, 1.5)), (512, (1.5, 2.5, 5.0)), (64, (2.5, 5.0, 10.0)), (8, (5.0, 10.0))):
+    for B, factors in ((512, (2.5, 1.5, 5.0)), (n, (1.1, 1.5)), (64, (2.5, 5.0, 10.0)), (8, (5.0, 10.0))):
         bound = float(spectrum.largest + problem.damping + spectrum.trace * (1 / B - 1 / n)) / 2
         grid += [(B, factor * bound) for factor in factors]
     best, best_setting, warm_up = LONGEST, None, timed(lambda: one_step(problem, product))[0]
@@ -208,7 +208,7 @@ def dattri_cg(problem: Problem) -> Iterator[Run]:
 
 
 def dattri_lissa(problem: Problem) -> Iterator[Run]:
-    """Its damping is AllenNLP's. It draws a batch for each right-hand side."""
+    """Its damping is AllenNLP's. It draws a batch for each right-hand side, and asks for labels that are floats."""
     from dattri.func.hessian import ihvp_lissa
 
     loss, w = flat_loss(problem)
@@ -218,10 +218,10 @@ def dattri_lissa(problem: Problem) -> Iterator[Run]:
     def solve(batch_size: int, scale: float, steps: int) -> Tensor:
         settings = {"batch_size": batch_size, "recursion_depth": steps, "scaling": scale}
         solver = ihvp_lissa(loss, damping=problem.damping / scale, **settings)
-        return solver((w, x, y), problem.rhs[:FEW], in_dims=(None, 0, 0))
+        return solver((w, x, y.float()), problem.rhs[:FEW], in_dims=(None, 0, 0))
 
     warm_up = timed(lambda: solve(8, 20.0, 1))[0]
-    for setting in ((512, 2.6, 1400), (n, 1.15, 500), (n, 1.15, 650)):
+    for setting in ((512, 2.6, 1400), (n, 1.15, 500)):
         seconds, found = timed(partial(solve, *setting))
         yield Run(in_words(*setting), warm_up, seconds / FEW * TESTS, problem.error(found), FEW)
 
@@ -233,7 +233,7 @@ def flat_loss(problem: Problem) -> tuple[Callable[[Tensor, Tensor, Tensor], Tens
 
     def loss(w: Tensor, x: Tensor, y: Tensor) -> Tensor:
         params = dict(zip(names, problem.unflatten(w).values(), strict=True))
-        return F.cross_entropy(functional_call(model, params, (x,)), y)
+        return F.cross_entropy(functional_call(model, params, (x,)), y.long())
 
     return loss, tree.flatten(problem.params)
 
@@ -284,11 +284,11 @@ def pydvl(
 
 
 def pydvl_cg(problem: Problem) -> Iterator[Run]:
-    """One right-hand side after the other. Its tolerance is `rtol^2 |v|`."""
+    """One right-hand side after the other, to a tolerance below the `rtol` it is given."""
     from pydvl.influence.torch import CgInfluence
 
     make = partial(CgInfluence, atol=1e-8, warn_on_max_iteration=False)
-    yield from pydvl(problem, make, [{"rtol": rtol} for rtol in (0.1, 0.07, 0.05)], FEW)
+    yield from pydvl(problem, make, [{"rtol": rtol} for rtol in (0.7, 0.5, 0.3, 0.1)], FEW)
 
 
 def pydvl_block_cg(problem: Problem) -> Iterator[Run]:
@@ -296,7 +296,7 @@ def pydvl_block_cg(problem: Problem) -> Iterator[Run]:
     from pydvl.influence.torch import CgInfluence
 
     make = partial(CgInfluence, atol=1e-8, solve_simultaneously=True, warn_on_max_iteration=False)
-    yield from pydvl(problem, make, [{"rtol": rtol} for rtol in (0.1, 0.085, 0.07, 0.05)])
+    yield from pydvl(problem, make, [{"rtol": rtol} for rtol in (0.1, 0.07, 0.05)])
 
 
 def pydvl_lissa(problem: Problem) -> Iterator[Run]:
@@ -304,7 +304,7 @@ def pydvl_lissa(problem: Problem) -> Iterator[Run]:
     from pydvl.influence.torch import LissaInfluence
 
     make = partial(LissaInfluence, rtol=1e-6, warn_on_max_iteration=False)
-    grid = [(len(problem.train[1]), 1.15, 500), (len(problem.train[1]), 1.15, 650)]
+    grid = [(len(problem.train[1]), 1.15, steps) for steps in (500, 650)]
     names = "batch_size", "scale", "maxiter"
     yield from pydvl(problem, make, [dict(zip(names, values, strict=True)) for values in grid], few=1)
 
@@ -312,7 +312,7 @@ def pydvl_lissa(problem: Problem) -> Iterator[Run]:
 def pydvl_nystroem(problem: Problem) -> Iterator[Run]:
     from pydvl.influence.torch import NystroemSketchInfluence
 
-    yield from pydvl(problem, NystroemSketchInfluence, [{"rank": rank} for rank in (100, 300, 1000)])
+    yield from pydvl(problem, NystroemSketchInfluence, [{"rank": rank} for rank in (100, 1000)])
 
 
 TOOLS: dict[str, Callable[[Problem], Iterator[Run]]] = {
