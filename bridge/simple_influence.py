@@ -69,7 +69,7 @@ class SimpleInfluence(InfluenceInterpreter):
             which see all the data and ignore scale and depth; `"gauss-newton"`: the Gauss-Newton matrix in place of
             the Hessian, for all test instances at once in the space of the model's outputs (`lissa.dual_influence`),
             which suits large models and a few thousand training instances; `"auto"`: the cheapest of LiSSA's ways and
-            CG.
+            CG, for many test instances with products that they share (`lissa.solve_block_cg`).
         rtol: The relative residual on all the data that solvers stop at, where they choose their own steps.
         seed: Where the order of the LiSSA batches comes from.
         compat: `"allennlp"` for AllenNLP's own numbers run for run: order by Python's global `random`, training
@@ -455,7 +455,8 @@ class SimpleInfluence(InfluenceInterpreter):
                 self._ranks.raise_first(partial(session.first_not_finite, "training", self._train, self._share))
             if worst.failed:
                 raise SolverError(report.failure_advice(worst, choice.solver, choice.damping, choice.scale), solution)
-            return solution, self._judge(session, choice, vectors, solution)._asdict()
+            used = choice.of(len(solution.status))
+            return solution, self._judge(session, used, vectors, solution)._asdict()
 
         return choice, solve
 

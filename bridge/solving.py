@@ -28,11 +28,14 @@ from lissa import (
     estimate_spectrum,
     hvp,
     mean_matvec,
+    solve_block_cg,
     solve_cg,
     solve_dense,
     solve_minres,
     solve_tuned,
+    stacked_hvp,
     suggest_damping,
+    traced,
     tree,
     tune_lissa,
 )
@@ -42,6 +45,18 @@ SOLVERS: dict[str, Callable[..., Solution]] = {"cg": solve_cg, "minres": solve_m
 
 SAMPLE = 512
 """Training instances on which the spectrum is estimated, where something is to be tuned."""
+
+
+AT_ONCE = 16
+"""Right-hand sides that are solved together where what is solved is kept: the fewer, the less is lost. From so many on
+"auto" counts on what they share."""
+
+STEP, STEP_WORK = 32, 2**24
+"""What a step of LiSSA costs besides its products, in examples: passing over the vectors takes as long as multiplying
+them by 32 examples, and besides a millisecond goes by, enough for an example times 2^24 parameters times vectors."""
+
+MUCH_WORK = 2**29
+"""Examples times vectors times parameters of one product, from which on it pays to record it: a third of a second."""
 
 
 class Choice(NamedTuple):
@@ -54,6 +69,8 @@ class Choice(NamedTuple):
         steps: LiSSA steps of one run; 0 where the solver decides.
         batch_size: Training examples a step.
         plan: How `lissa.solve_tuned` is to go about it; None where the caller chose.
+        shared: The same for `AT_ONCE` right-hand sides that are solved together, or more; None where it makes no
+            difference.
     """
 
     solver: str
@@ -62,6 +79,13 @@ class Choice(NamedTuple):
     steps: int
     batch_size: int
     plan: Settings | None = None
+    shared: Settings | None = None
+
+    def of(self, vectors: int) -> "Choice":
+        """What is chosen for so many right-hand sides that are solved together."""
+        if self.shared is None or vectors < AT_ONCE:
+            return self
+        return _follows(self.damping, self.shared)
 
 
 def choose(
@@ -89,10 +113,16 @@ def choose(
 
     def made(_: Record) -> dict[str, Any]:
         choice = _choose(session, train, wanted, seed, ranks or Ranks())
-        return {**choice._asdict(), "plan": choice.plan and choice.plan._asdict()}
+        plans = {name: getattr(choice, name) for name in ("plan", "shared")}
+        return {**choice._asdict(), **{name: plan and plan._asdict() for name, plan in plans.items()}}
 
     known = (record or Record()).once("choice", made)
-    return Choice(**{**known, "plan": known["plan"] and Settings(**known["plan"])})
+    return Choice(**{**known, **{name: known[name] and Settings(**known[name]) for name in ("plan", "shared")}})
+
+
+def _follows(damping: float, plan: Settings, shared: Settings | None = None) -> Choice:
+    name = {"cg": "cg", "block-cg": "block cg"}.get(plan.method, f"lissa ({plan.method})")
+    return Choice(name, damping, plan.scale, plan.steps, plan.batch_size, plan, shared)
 
 
 def _choose(session: Session, train: Sequence[Any], wanted: LissaSettings, seed: int, ranks: Ranks) -> Choice:
@@ -111,16 +141,21 @@ def _choose(session: Session, train: Sequence[Any], wanted: LissaSettings, seed:
     free = solver == "auto" or (scale is None and steps is None)
     method = {"auto": "auto", "lissa": "lissa" if free else "averaged"}[solver]
     rtol = wanted.rtol if free else 1.0  # the last iterate has a noise floor that no number of steps lowers
-    try:
-        plan = tune_lissa(
+    P = tree.numel(session.model.params)
+
+    def tuned(vectors: int) -> Settings:
+        overhead = STEP + STEP_WORK / (P * vectors) if solver == "auto" else 0.0
+        return tune_lissa(
             spectrum, damping=damping, n=len(train), rtol=rtol, batch_size=wanted.batch_size, method=method,
-            repeats=wanted.num_samples,
+            repeats=wanted.num_samples, vectors=vectors, overhead=overhead,
         )  # fmt: skip
+
+    try:
+        plan = tuned(1)
     except ValueError as error:
         raise ValueError(f"`SimpleInfluence(ridge=...)` is the damping that {error}") from error
     if free:
-        name = "cg" if plan.method == "cg" else f"lissa ({plan.method})"
-        return Choice(name, damping, plan.scale, plan.steps, plan.batch_size, plan)
+        return _follows(damping, plan, tuned(AT_ONCE) if solver == "auto" else None)
     scale = plan.scale if scale is None else scale
     steps = math.ceil(plan.steps * scale / plan.scale) if steps is None else steps
     return Choice(solver, damping, scale, steps, wanted.batch_size)
@@ -149,28 +184,33 @@ def on_all_data(
         seed: Of the batches.
         ranks: Who share the work.
     """
-    ranks = ranks or Ranks()
-    plan, share = choice.plan, ranks.share(len(train))
+    ranks, model = ranks or Ranks(), session.model
+    share = ranks.share(len(train))
     chunks = [range(start, min(start + size, share.stop)) for start in range(share.start, share.stop, size)]
+    weights = [len(chunk) for chunk in chunks]
     with session.naming("training", train, share):
         batches = [session.batch(train, chunk) for chunk in chunks]
         mode = _mode(session, batches[0]) if batches else "auto"
-        matvec = partial(hvp, session.model.loss_fn, session.model.params, mode=mode)
-    of_share = mean_matvec(matvec, batches, weights=[len(chunk) for chunk in chunks]) if batches else tree.zeros_like
+        matvec = partial(hvp, model.loss_fn, model.params, mode=mode)
 
-    def full(v: Params) -> Params:
-        return ranks.sum(of_share(v), len(share) / len(train))
+    def of_all(matvec: BatchMatvec) -> Matvec:
+        of_share = mean_matvec(matvec, batches, weights=weights) if batches else tree.zeros_like
+        return lambda v: ranks.sum(of_share(v), len(share) / len(train))
 
-    if plan is None:
-        solve_one = partial(SOLVERS[choice.solver], full, damping=choice.damping, rtol=rtol, throw=False)
-    else:
-        solve_one = partial(_follow, plan, session, train, matvec, full, seed, ranks)
-    task = "inverse Hessian-vector products"
-    solve_each = strategies.for_each_vector(task, lambda v, _: solve_one(v))
+    full = of_all(matvec)
 
-    def solve_some(vectors: Params) -> Solution:
+    def solve_some(choice: Choice, vectors: Params) -> Solution:
+        plan, K = choice.plan, strategies.length(vectors)
+        if plan is not None and plan.method in ("cg", "block-cg") and K > 1:
+            product = of_all(_stacked_product(session, matvec, K * len(train) >= MUCH_WORK / tree.numel(model.params)))
+            return solve_block_cg(product, vectors, damping=plan.damping, rtol=plan.rtol, steps=plan.steps, throw=False)
+        if plan is None:
+            solve_one = partial(SOLVERS[choice.solver], full, damping=choice.damping, rtol=rtol, throw=False)
+        else:
+            solve_one = partial(_follow, plan, session, train, matvec, full, seed, ranks)
         if ranks.size == 1:
-            return solve_each(vectors, lambda: None)
+            task = "inverse Hessian-vector products"
+            return strategies.for_each_vector(task, lambda v, _: solve_one(v))(vectors, lambda: None)
         # One process must not fall back on a slower way while the others sum the first: all try it alone before.
         if all(ranks.gathered(not batches or _runs_stacked(matvec, batches[0], vectors))):
             return torch.vmap(solve_one, randomness="same")(vectors)
@@ -178,11 +218,12 @@ def on_all_data(
 
     def solve(vectors: Params, record: Record) -> Solution:
         K = strategies.length(vectors)
+        used = choice.of(K)
         if not ranks.agreed(record.kept):
-            return solve_some(vectors)
+            return solve_some(used, vectors)
         parts = [
             record.once(
-                f"vectors {k}", lambda _, k=k: plain(solve_some(tree.map(lambda t: t[k : k + AT_ONCE], vectors)))
+                f"vectors {k}", lambda _, k=k: plain(solve_some(used, tree.map(lambda t: t[k : k + AT_ONCE], vectors)))
             )
             for k in range(0, K, AT_ONCE)
         ]
@@ -191,8 +232,17 @@ def on_all_data(
     return solve
 
 
-AT_ONCE = 16
-"""Right-hand sides that are solved together where what is solved is kept: the fewer, the less is lost."""
+def _stacked_product(session: Session, matvec: BatchMatvec, much: bool) -> BatchMatvec:
+    """`matvec(batch, vectors)` for K stacked vectors, recorded where much is to be done."""
+    loss_fn, params = session.model.loss_fn, session.model.params
+    recorded = traced(partial(strategies.product_of_each, loss_fn, params))
+    product = strategies.for_each_vector(
+        "Hessian-vector products",
+        lambda v, batch: matvec(batch, v),
+        *([lambda vectors, batch: recorded(batch, vectors)] if much else []),
+        lambda vectors, batch: stacked_hvp(loss_fn, params, batch, vectors),
+    )
+    return lambda batch, vectors: product(vectors, lambda: batch)
 
 
 def plain(solution: Solution) -> dict[str, Any]:

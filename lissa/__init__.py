@@ -4,6 +4,7 @@ Pure functions on `torch.func`. Damping is in the units of the Hessian: `solve_*
 """
 
 from lissa import checks, tree
+from lissa.block_cg import solve_block_cg
 from lissa.curvature import fvp, ggnvp, linearised_hvp
 from lissa.dual import DualInfluence, dual_influence, output_gram
 from lissa.hvp import (
@@ -30,7 +31,7 @@ from lissa.spectrum import Spectrum, batch_noise, estimate_spectrum, largest_eig
 from lissa.stacked import solve_lissa_stacked, stacked_hvp
 from lissa.svrg import solve_svrg
 from lissa.tracing import compiled, traced
-from lissa.tuned import choose_settings, solve_tuned
+from lissa.tuned import choose_settings, solve_tuned, solve_tuned_stacked
 from lissa.tuning import Settings, least_damping, suggest_damping, tune_lissa
 from lissa.types import Batch, BatchMatvec, ExampleLossFn, LossFn, Matvec, Params, Solution, SolverError, Status
 from lissa.uncertainty import ScoreInterval, score_bound, score_interval, settled_places
@@ -93,6 +94,7 @@ __all__ = [
     "score_interval",
     "scoring_plan",
     "settled_places",
+    "solve_block_cg",
     "solve_cg",
     "solve_dense",
     "solve_lissa",
@@ -100,6 +102,7 @@ __all__ = [
     "solve_minres",
     "solve_svrg",
     "solve_tuned",
+    "solve_tuned_stacked",
     "stacked_hvp",
     "suggest_damping",
     "take",

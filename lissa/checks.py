@@ -64,6 +64,19 @@ def is_stacked(call: str, like: Params, value: Any, name: str) -> bool:
     return stacked
 
 
+def stacked(call: str, value: Any, name: str) -> None:
+    """`value` must hold K >= 1 vectors: each tensor with a dimension of the same size K in front."""
+    params(call, value, name)
+    sizes = {k: len(t) if t.ndim else None for k, t in value.items()}
+    if None in sizes.values() or len(set(sizes.values())) > 1:
+        raise ValueError(
+            f"`{call}({name}=...)` must hold equally many vectors under each key, stacked along a dimension in front, "
+            f"got {sizes}."
+        )
+    if 0 in sizes.values():
+        raise ValueError(f"`{call}({name}=...)` must hold at least one vector, got none.")
+
+
 def scalar_loss(
     call: str, loss_fn: Callable[[Any, Any], Tensor], name: str = "loss_fn"
 ) -> Callable[[Any, Any], Tensor]:

@@ -23,6 +23,10 @@ SMALL = 2**19
 """Multiplications of a product that is small enough to be joined to others: about 10 microseconds on one core, of
 which half is not arithmetic. Larger ones run near the speed of the machine, and copying their operands would cost."""
 
+THIN = 16
+"""Columns of an operand so few that its product runs far below the speed of the machine, however long they are: of
+784 x 10 at a third. Side by side they run at full speed, and putting them there copies the thin operands alone."""
+
 
 def simplified(module: GraphModule) -> GraphModule:
     """The module after all passes, which computes the same up to rounding, with contiguous results as before.
@@ -71,12 +75,14 @@ def compute_once(module: GraphModule) -> None:
 def fold_shared_operands(module: GraphModule) -> None:
     """`A B_k, k = 1..K: A [B_1 ... B_K]` and `A_k B, k = 1..K: [A_1; ...; A_K] B`: one product for K small ones.
 
-    A batch stride of zero says that an operand is the same for all k, as `vmap` leaves what it does not vary.
+    A batch stride of zero says that an operand is the same for all k, as `vmap` leaves what it does not vary. Large
+    products stay as they are, unless what varies is thin.
     """
     for node in _calls(module, aten.bmm.default):
         left, right = node.args
         (K, M, N), P = _shape(left), _shape(right)[2]
-        if K == 1 or M * N * P > SMALL:
+        own = P if _is_shared(left) else M
+        if K == 1 or (M * N * P > SMALL and own > THIN):
             continue
         with module.graph.inserting_before(node):
             if _is_shared(left):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lissa import checks, host, operators, outcome, sampling, spectrum, tree
+from lissa.block_cg import solve_block_cg
 from lissa.recursion import solve_lissa
 from lissa.solvers import solve_cg
 from lissa.svrg import solve_svrg
@@ -43,6 +44,7 @@ def choose_settings(
     method: str = "auto",
     repeats: int = 1,
     sample: int = SAMPLE,
+    vectors: int = 1,
 ) -> Settings:
     """`tune_lissa` of the spectrum and the noise on `sample` examples: the settings of `solve_tuned`, as data.
 
@@ -57,6 +59,7 @@ def choose_settings(
         method: As in `tune_lissa`.
         repeats: Independent solves, for the standard error of scores.
         sample: Examples the spectrum is estimated on; all, if there are fewer. The cost is 20 products on them.
+        vectors: Right-hand sides that are solved together, K.
 
     Returns:
         The `Settings`.
@@ -73,12 +76,13 @@ def choose_settings(
     )
     size = math.ceil(len(chosen) / NOISE_BATCHES)
     noise = None
-    if len(chosen) >= 2 * size and method != "cg":
+    if len(chosen) >= 2 * size and method not in ("cg", "block-cg"):
         batches = [sampling.take(data, index) for index in chosen.split(size) if len(index) == size]
         noise = host.number(spectrum.batch_noise(matvec, batches, like, batch_size=size, generator=generator))
     return tune_lissa(
-        found, damping=damping, n=n, rtol=rtol, batch_size=batch_size, repeats=repeats, method=method, noise=noise
-    )
+        found, damping=damping, n=n, rtol=rtol, batch_size=batch_size, repeats=repeats, method=method, noise=noise,
+        vectors=vectors,
+    )  # fmt: skip
 
 
 def solve_tuned(
@@ -97,7 +101,8 @@ def solve_tuned(
 
     Chooses among LiSSA on full batches, LiSSA with averaging, variance-reduced LiSSA and CG by predicted cost. Where
     small batches were chosen and fall short or diverge, it goes on with twice the scale, up to `RESCUES` times. For
-    several right-hand sides, or to freeze the numbers in a paper, call `choose_settings` once and pass `settings`.
+    several right-hand sides use `solve_tuned_stacked`; to freeze the numbers in a paper, call `choose_settings` once
+    and pass `settings`.
 
     Args:
         matvec: `matvec(batch, v) -> H_batch v`, for instance `partial(hvp, loss_fn, params)`.
@@ -137,11 +142,7 @@ def solve_tuned(
     n = sampling.batch_length(call, data, "data")
     if settings is None:
         settings = choose_settings(matvec, v, data, damping=damping, rtol=rtol, generator=generator)
-    if (settings.damping, settings.rtol) != (damping, rtol):
-        raise ValueError(
-            f"`{call}(settings=...)` are for damping={settings.damping:g}, rtol={settings.rtol:g}, "
-            f"got damping={damping:g}, rtol={rtol:g}."
-        )
+    _check_agreement(call, settings, damping, rtol)
     full = full_matvec or _full_matvec(matvec, data, n)
     if settings.repeats > 1:
         runs = [
@@ -152,7 +153,7 @@ def solve_tuned(
             for _ in range(settings.repeats)
         ]  # fmt: skip
         return _mean(runs, v, full, damping)
-    if settings.method == "cg":
+    if settings.method in ("cg", "block-cg"):  # of one right-hand side they are the same
         return solve_cg(full, v, damping=damping, rtol=rtol, steps=settings.steps, throw=throw)
     if settings.method == "plain":
         return solve_lissa(
@@ -171,6 +172,78 @@ def solve_tuned(
     if throw:
         outcome.raise_on_failure(f"{call}(damping={damping:g}, scale={scale:g})", solution)
     return solution
+
+
+def solve_tuned_stacked(
+    matvec: BatchMatvec,
+    v: Params,
+    data: Any,
+    *,
+    damping: float,
+    generator: torch.Generator,
+    rtol: float = 1e-2,
+    settings: Settings | None = None,
+    full_matvec: Matvec | None = None,
+    throw: bool = True,
+) -> Solution:
+    """`x_k ~ (H + damping I)^-1 v_k` for k = 1..K, as `solve_tuned`, by what is cheapest for all of them together.
+
+    For many right-hand sides that is mostly `solve_block_cg`, for which they share all products; else `solve_tuned` of
+    each, with shared batches.
+
+    Args:
+        matvec: `matvec(batch, v) -> H_batch v`, of one vector. Wrapped in `traced` it is faster.
+        v: K right-hand sides, stacked: each tensor with one more dimension in front.
+        data: As in `solve_tuned`.
+        damping: In the units of `H`.
+        generator: Where samples, probes and batches come from.
+        rtol: The relative residual to reach.
+        settings: From `choose_settings(..., vectors=K)`.
+        full_matvec: `full_matvec(v) -> H v` on all the data, of one vector.
+        throw: Whether a failure raises `SolverError`. If False, it is data: `status` names it, `value` is all NaN.
+
+    Returns:
+        The `Solution` of each right-hand side, stacked.
+
+    Raises:
+        ValueError: As `solve_tuned`.
+        SolverError: If a solve failed and `throw` is True.
+
+    Example:
+        >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+        >>> def matvec(batch, v):
+        ...     return {"w": batch.T @ (batch @ v["w"]) / len(batch)}
+        >>> v = {"w": torch.eye(3)}
+        >>> solution = solve_tuned_stacked(matvec, v, x, damping=0.1, generator=torch.Generator().manual_seed(0))
+        >>> bool((solution.relative_residual <= 1e-2).all())
+        True
+    """
+    call = "solve_tuned_stacked"
+    checks.stacked(call, v, "v")
+    K, like = len(next(iter(v.values()))), tree.map(lambda t: t[0], v)
+    n = sampling.batch_length(call, data, "data")
+    if settings is None:
+        settings = choose_settings(matvec, like, data, damping=damping, rtol=rtol, generator=generator, vectors=K)
+    full = full_matvec or _full_matvec(matvec, data, n)
+    if settings.method == "block-cg":
+        _check_agreement(call, settings, damping, rtol)
+        return solve_block_cg(torch.vmap(full), v, damping=damping, rtol=rtol, steps=settings.steps, throw=throw)
+
+    def solve(v: Params) -> Solution:
+        return solve_tuned(
+            matvec, v, data, damping=damping, generator=generator, rtol=rtol, settings=settings, full_matvec=full,
+            throw=throw,
+        )  # fmt: skip
+
+    return torch.vmap(solve)(v)
+
+
+def _check_agreement(call: str, settings: Settings, damping: float, rtol: float) -> None:
+    if (settings.damping, settings.rtol) != (damping, rtol):
+        raise ValueError(
+            f"`{call}(settings=...)` are for damping={settings.damping:g}, rtol={settings.rtol:g}, "
+            f"got damping={damping:g}, rtol={rtol:g}."
+        )
 
 
 def _mean(runs: list[Solution], v: Params, full: Matvec, damping: float) -> Solution:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lissa
-from bridge import SimpleInfluence
+from bridge import SimpleInfluence, solving
 from bridge.diagnostics import InfluenceWarning
 from tests.oracles import dense_gradients, dense_hessian, flatten, relative_error
 
@@ -68,6 +68,45 @@ def test_all_solvers_give_the_dense_answer(how):
     assert found.solver.split(" ")[0] == how.get("solver", "lissa") or how["solver"] == "auto"
     assert found.solver.split(" ")[0] in found.in_words()
     assert not found.problems()
+
+
+@pytest.mark.parametrize("tests", [1, 3, 20])
+def test_auto_shares_products_among_right_hand_sides(tests, monkeypatch):
+    """K right-hand sides in P = 15 dimensions take at most ceil(15 / K) steps, and rounding one more."""
+    monkeypatch.setattr(solving, "MUCH_WORK", 150 * 15 * 20)  # the products of 20 are recorded
+    model, pairs, data = problem()
+    influence = interpreter(model, pairs, solver="auto")
+    scores = influence.scores(pairs[:tests])
+    found = influence.diagnostics
+    assert found.steps <= -(-15 // tests) + 1
+    assert found.solver == ("cg" if tests < solving.AT_ONCE else "block cg")
+    assert float(found.relative_residual.max()) <= 1e-6
+    # A relative residual r leaves |x - x*| <= kappa r |x*|, with kappa below 100 here.
+    assert relative_error(scores, exact_scores(model, data, tuple(t[:tests] for t in data), RIDGE)) <= 100 * 1e-6
+
+
+class Branching(nn.Linear):
+    """Looks into its data, which `torch.vmap` and a recording refuse."""
+
+    def forward(self, x):
+        return super().forward(x) if x.sum().item() > -1e9 else x[:, :3]
+
+
+def test_auto_shares_products_of_models_that_refuse_vmap(monkeypatch):
+    monkeypatch.setattr(solving, "MUCH_WORK", 1)
+    model, pairs, data = problem(40)
+    branching = Branching(4, 3).double()
+    branching.load_state_dict(model.state_dict())
+    scores = interpreter(branching, pairs, solver="auto").scores(pairs[:20])
+    assert relative_error(scores, exact_scores(model, data, tuple(t[:20] for t in data), RIDGE)) <= 100 * 1e-6
+
+
+def test_a_choice_goes_through_a_record():
+    plans = [lissa.Settings(m, 0.1, 1e-2, 1.0, 8, 9, 9, 1, 1, 5.0) for m in ("variance-reduced", "block-cg")]
+    choice = solving.Choice("lissa (variance-reduced)", 0.1, 1.0, 9, 8, *plans)
+    assert choice.of(15) == choice
+    assert choice.of(16).solver == "block cg"
+    assert choice.of(16).plan == plans[1]
 
 
 def test_steps_are_chosen_for_a_scale_of_the_callers():

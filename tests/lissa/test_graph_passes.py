@@ -131,6 +131,7 @@ def test_products_that_depend_on_each_other_are_not_joined():
 
 def test_large_products_are_left_where_copies_would_cost(monkeypatch):
     monkeypatch.setattr(graph_passes, "SMALL", 10)
+    monkeypatch.setattr(graph_passes, "THIN", 2)
     A, B, C = random(3, 3), random(3, 3, seed=1), random(2, 3, 3, seed=2)
 
     def fn(A, B, C):
@@ -141,6 +142,20 @@ def test_large_products_are_left_where_copies_would_cost(monkeypatch):
     same(module, fn, A, B, C)
     assert count(module, aten.mm.default) == 3
     assert count(module, aten.bmm.default) == 1
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_large_products_are_folded_where_what_varies_is_thin(monkeypatch, side):
+    monkeypatch.setattr(graph_passes, "SMALL", 10)
+    A, B = random(40, 30), random(3, 30, graph_passes.THIN, seed=1)
+
+    def fn(A, B):
+        return (torch.vmap(lambda b: A @ b if side == "left" else b.t() @ A.t())(B),)
+
+    module = simplified(recorded(fn, A, B))
+
+    same(module, fn, A, B)
+    assert count(module, aten.bmm.default) == 0
 
 
 def test_equal_operations_are_computed_once_and_random_ones_are_not():

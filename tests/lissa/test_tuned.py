@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from lissa import SolverError, Status, choose_settings, ggnvp, hvp, solve_tuned, tree
+from lissa import SolverError, Status, choose_settings, ggnvp, hvp, solve_tuned, solve_tuned_stacked, tree
 from lissa.sampling import take
 from tests.oracles import dense_hessian, flatten, relative_error
 from tests.problems import mlp, random_vector, random_vectors, softmax_regression, tied_weights
@@ -68,6 +68,46 @@ def test_many_right_hand_sides_share_settings_and_batches():
     # The one call works under vmap, too: the spectrum is estimated once.
     one_call = torch.vmap(lambda v: solve_tuned(matvec, v, problem.batch, damping=0.2, generator=generator(1)))(vs)
     assert (one_call.relative_residual <= 1e-2).all()
+
+
+@pytest.mark.parametrize("method", ["auto", "block-cg", "cg", "variance-reduced"])
+def test_stacked_right_hand_sides_reach_the_residual_by_every_method(method):
+    problem = softmax_regression(batch_size=64)
+    matvec = partial(hvp, problem.loss_fn, problem.params)
+    vs, g = random_vectors(problem, 5), generator()
+    settings = choose_settings(
+        matvec, problem.params, problem.batch, damping=0.2, generator=g, method=method, vectors=5
+    )
+    found = solve_tuned_stacked(matvec, vs, problem.batch, damping=0.2, generator=g, settings=settings)
+    for i in range(5):
+        x, v = (tree.map(lambda t, i=i: t[i], stack) for stack in (found.value, vs))
+        assert residual(matvec, problem, x, v, 0.2) <= 1e-2
+
+
+def test_stacked_right_hand_sides_share_products_with_nothing_set_but_the_damping():
+    problem = softmax_regression(batch_size=64)
+    vs, products = random_vectors(problem, 10), 0
+
+    def matvec(batch, v):
+        nonlocal products
+        products += 1
+        return hvp(problem.loss_fn, problem.params, batch, v)
+
+    together = solve_tuned_stacked(matvec, vs, problem.batch, damping=0.01, generator=generator())
+    assert (together.relative_residual <= 1e-2).all()
+    # Only block CG can find all in the P / 10 steps after which the space of 10 right-hand sides is everything.
+    assert int(together.steps.max()) <= -(-tree.numel(problem.params) // 10)
+    # vmap calls the product of a step once for all.
+    assert products <= 20 + 2 * 32 + 1 + int(together.steps.max())
+
+
+def test_stacked_settings_for_another_problem_are_refused():
+    problem = softmax_regression(batch_size=16)
+    matvec = partial(hvp, problem.loss_fn, problem.params)
+    vs = random_vectors(problem, 3)
+    settings = choose_settings(matvec, problem.params, problem.batch, damping=0.2, generator=generator(), vectors=3)
+    with pytest.raises(ValueError, match=r"solve_tuned_stacked.*are for damping=0.2.*got damping=0.3"):
+        solve_tuned_stacked(matvec, vs, problem.batch, damping=0.3, generator=generator(), settings=settings)
 
 
 def test_data_may_be_indices_of_anything():

@@ -46,6 +46,38 @@ def test_methods_are_chosen_by_predicted_cost():
     assert tune_lissa(spectrum(), damping=0.01, n=100, method="lissa").method != "cg"
 
 
+def test_right_hand_sides_that_are_solved_together_share_a_krylov_space():
+    """`lambda_K <= trace / K` takes the place of the largest eigenvalue, where it is smaller."""
+    alone, few, many = (tune_lissa(spectrum(), damping=0.01, n=100, vectors=K) for K in (1, 5, 100))
+    assert (alone.method, few.method, many.method) == ("cg", "block-cg", "block-cg")
+    assert few.passes == alone.passes  # 26 / 5 is more than the largest eigenvalue, 2
+    kappa = (26 / 100 + 0.01) / 0.01
+    assert math.isclose(many.passes, math.sqrt(kappa) / 2 * math.log(2 / 1e-2) + 2, rel_tol=1e-6)
+    # Of 100 right-hand sides in 200 dimensions, two steps span them all.
+    assert tune_lissa(spectrum(dimension=200), damping=0.01, n=100, vectors=100).passes == 3
+    # What LiSSA needs is the same for each of them, so it is chosen from a larger n on.
+    assert tune_lissa(spectrum(), damping=0.01, n=10**6).method == "variance-reduced"
+    assert tune_lissa(spectrum(), damping=0.01, n=100, vectors=100, method="lissa").method in METHODS[:3]
+
+
+def test_what_a_step_costs_besides_asks_for_larger_batches_and_fewer_steps():
+    free, dear = (
+        tune_lissa(spectrum(), damping=0.01, n=10**6, method="variance-reduced", overhead=x) for x in (0.0, 1000.0)
+    )
+    assert dear.batch_size == math.ceil(math.sqrt(1000 * 26 / 2))
+    assert dear.steps < free.steps
+    assert dear.passes > free.passes
+    # No other batch size is cheaper by more than its rounding.
+    others = [
+        tune_lissa(spectrum(), damping=0.01, n=10**6, method="variance-reduced", overhead=1000.0, batch_size=B)
+        for B in (13, 60, 90, 150, 300, 1000)
+    ]
+    assert all(other.passes >= dear.passes * (1 - 1e-3) for other in others)
+    # Full batches are one step each, so that where steps are dear they are chosen from a larger n on.
+    assert tune_lissa(spectrum(), damping=0.01, n=20_000).method == "variance-reduced"
+    assert tune_lissa(spectrum(), damping=0.01, n=20_000, overhead=1000.0).method == "cg"
+
+
 def test_noise_takes_the_place_of_the_trace_where_it_is_larger():
     calm, wild = (tune_lissa(spectrum(), damping=0.01, n=55_000, batch_size=4, noise=x) for x in (1.0, 260.0))
     assert calm == tune_lissa(spectrum(), damping=0.01, n=55_000, batch_size=4)
