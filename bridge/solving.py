@@ -190,8 +190,7 @@ def on_all_data(
     weights = [len(chunk) for chunk in chunks]
     with session.naming("training", train, share):
         batches = [session.batch(train, chunk) for chunk in chunks]
-        mode = _mode(session, batches[0]) if batches else "auto"
-        matvec = partial(hvp, model.loss_fn, model.params, mode=mode)
+        matvec = _matvec(session, batches[0] if batches else None)
 
     def of_all(matvec: BatchMatvec) -> Matvec:
         of_share = mean_matvec(matvec, batches, weights=weights) if batches else tree.zeros_like
@@ -234,6 +233,8 @@ def on_all_data(
 
 def _stacked_product(session: Session, matvec: BatchMatvec, much: bool) -> BatchMatvec:
     """`matvec(batch, vectors)` for K stacked vectors, recorded where much is to be done."""
+    if session.model.last_layer is not None:
+        return session.model.last_layer
     loss_fn, params = session.model.loss_fn, session.model.params
     recorded = traced(partial(strategies.product_of_each, loss_fn, params))
     product = strategies.for_each_vector(
@@ -312,7 +313,7 @@ def _spectrum(session: Session, train: Sequence[Any], generator: torch.Generator
     chosen = torch.randperm(len(train), generator=generator)[:SAMPLE].tolist()
     with session.naming("training", train, ranks.of_share(chosen, len(train))):
         mine = session.batch(train, ranks.of_share(chosen, len(train)) or chosen[:1])
-        matvec = partial(hvp, session.model.loss_fn, session.model.params, mode=_mode(session, mine))
+        matvec = _matvec(session, mine)
         product = _product(session, train, matvec, ranks, chosen)
     try:
         return estimate_spectrum(product, session.model.params, generator=generator)
@@ -321,5 +322,10 @@ def _spectrum(session: Session, train: Sequence[Any], generator: torch.Generator
         raise
 
 
-def _mode(session: Session, batch: Any) -> str:
-    return choose_mode(session.model.loss_fn, session.model.params, batch)
+def _matvec(session: Session, batch: Any) -> BatchMatvec:
+    """`matvec(batch, v)` for one vector, in the mode that suits batches like this one, if there is any."""
+    model = session.model
+    if model.last_layer is not None:
+        return strategies.of_one(model.last_layer)
+    mode = "auto" if batch is None else choose_mode(model.loss_fn, model.params, batch)
+    return partial(hvp, model.loss_fn, model.params, mode=mode)

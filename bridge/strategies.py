@@ -18,6 +18,7 @@ from bridge.functional import Functional, example_losses, loss_and_gradient, row
 from bridge.row_losses import row_losses
 from lissa import (
     Batch,
+    BatchMatvec,
     Expansion,
     LossFn,
     Params,
@@ -290,9 +291,8 @@ def linearised_product(model: Functional, batch: Batch) -> Callable[[Params], Pa
         graph.append(linearised_stacked_hvp(model.loss_fn, model.params, batch)) if not graph else None
         return tree.map(lambda t: t[0], graph[0](tree.map(lambda t: t.unsqueeze(0), v)))
 
-    last_layer = model.last_layer
-    if last_layer is not None:
-        return lambda v: tree.map(lambda t: t[0], last_layer(batch, tree.map(lambda t: t.unsqueeze(0), v)))
+    if model.last_layer is not None:
+        return partial(of_one(model.last_layer), batch)
     graph: list[Callable[[Params], Params]] = []
     return first_that_runs("Hessian-vector products", at_once, lambda v: hvp(model.loss_fn, model.params, batch, v))
 
@@ -354,6 +354,11 @@ def inverse_products(
 def stacked_matvec(model: Functional) -> StackedMatvec:
     """`matvec(batch, (v_1, ..., v_K)) -> H v_k`, stacked."""
     return StackedHvp(model.loss_fn, model.params) if model.last_layer is None else model.last_layer
+
+
+def of_one(matvec: StackedMatvec) -> BatchMatvec:
+    """`matvec(batch, v) -> H v` for one vector."""
+    return lambda batch, v: tree.map(lambda t: t[0], matvec(batch, tree.map(lambda t: t.unsqueeze(0), v)))
 
 
 def vectors_at_once(model: Functional) -> int:
