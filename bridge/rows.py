@@ -215,8 +215,16 @@ def likeness_of_fields(instance: Instance) -> tuple[Any, ...]:
 
 def likeness_of_leaves(instance: Any) -> tuple[Any, ...]:
     """The same for mappings and pairs."""
-    leaves, structure = pytree.tree_flatten(instance)
-    return (str(structure), *((type(x), getattr(x, "shape", None), getattr(x, "dtype", None)) for x in leaves))
+    kind = type(instance)
+    if kind in (tuple, dict) and all(type(x) in _LEAVES for x in (instance.values() if kind is dict else instance)):
+        leaves, structure = (instance.values(), tuple(instance)) if kind is dict else (instance, kind)
+    else:  # a dozen times as slow
+        leaves, spec = pytree.tree_flatten(instance)
+        structure = str(spec)
+    return (structure, *((type(x), getattr(x, "shape", None), getattr(x, "dtype", None)) for x in leaves))
+
+
+_LEAVES = frozenset([Tensor, bool, int, float])
 
 
 def are_rows(batch: Batch, count: int) -> bool:
