@@ -96,7 +96,7 @@ def plan_scoring(
     """The cheapest method and its chunk, for n examples, K vectors, P parameters and the work W of a forward pass.
 
         t(jvp)        = chunks (N a + K (P + V) w) + n ((K + 1) (G m + M w) + 2 K E w + (K / 2 + 4) I w)
-        t(gradients)  = chunks (N a + K P w) + n (G m + 2 (M + I) w + P (K m + 2.5 w))
+        t(gradients)  = chunks (N a + K P w) + n (G m + 7/4 (M + I) w + P (K m + 5/2 w))
         t(double-vjp) = chunks ((K + 8) N a / 10 + K (P - V) w + 5 P w) + n ((K + 2) (G m + M w) + 4 E w + (K + 1) I w)
 
     with, of W, N operations and 14 for the call, I numbers read of the example and M others read or written, E of them
@@ -159,7 +159,7 @@ def plan_scoring(
     }
     of_one = {
         "jvp": (K + 1) * (G * m + M * w) + 2 * K * E * w + (K / 2 + 4) * I * w,
-        "per-example-gradients": G * m + 2 * (M + I) * w + P * (K * m + 2.5 * w),
+        "per-example-gradients": G * m + 7 / 4 * (M + I) * w + P * (K * m + 5 / 2 * w),
         "double-vjp": (K + 2) * (G * m + M * w) + 4 * E * w + (K + 1) * I * w,
     }
     seconds = {method: chunks[method] * of_chunk[method] + n * of_one[method] for method in methods}

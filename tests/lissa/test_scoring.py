@@ -133,7 +133,7 @@ def test_the_times_are_those_of_the_formula():
     call, pass_ = 24 * a, 16_000 * m + 1_800 * w
     jvp = 10 * (call + 10 * 1_300 * w) + 100 * (11 * pass_ + 600 * w + 9 * 200 * w)  # ten chunks
     gradients = 3 * (call + 10 * 1_000 * w)  # three
-    gradients += 100 * (16_000 * m + 4_000 * w + 10_000 * m + 2_500 * w)
+    gradients += 100 * (16_000 * m + 3_500 * w + 10_000 * m + 2_500 * w)
     double_vjp = 4 * (1.8 * call + 10 * 700 * w + 5_000 * w)  # four, of up to 25 examples
     double_vjp += 100 * (12 * pass_ + 120 * w + 11 * 200 * w)
     expected = {"jvp": jvp, "per-example-gradients": gradients, "double-vjp": double_vjp}
