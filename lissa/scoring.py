@@ -110,10 +110,11 @@ def plan_scoring(
 
     Three constants are of the machine, here one core with float32: a = 35 us to call a kernel through `torch.func`,
     m = 12.5 ps a multiplication (160 GFLOP/s), w = 0.35 ns a number moved (11 GB/s). What is chosen depends on their
-    ratios alone, and little on those: where it would, times are alike. The numbers in the formula were fitted to a grid
-    of cases. In 616, 256 of them of other models, it chose the fastest method in 89%, one within 5% of it in 93%, none
-    that took more than 1.3 times as long, and the times were off by a factor of 1.2 in the median:
-    `python -m benchmarks.scoring`, of which two runs agree in 88 to 96% of the cases on which method is the fastest.
+    ratios alone, and little on those: where it would, times are alike. The numbers in the formula were fitted to
+    measured times, those of a grid among them. In 616 cases, 256 of them of models without a part in that, it chose the
+    fastest in 89%, one within 5% of it in 93%, none that took more than 1.3 times as long, and the times were off by a
+    factor of 1.2 in the median: `python -m benchmarks.scoring`, of which two runs agree in 88 to 96% of the cases on
+    which method is the fastest.
 
     A chunk holds no more than `numbers`, or as much as the vectors do, which are there anyway. For an example, what the
     forward pass writes is counted, and its largest tensor once more: K times for jvp, with two gradients besides for
