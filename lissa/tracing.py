@@ -219,7 +219,8 @@ def _machine_code(recording: torch.fx.GraphModule, tensors: tuple[Tensor, ...]) 
     program: Any = compile_fx(recording, list(tensors), inner_compile=keep)  # type: ignore[arg-type]
     with torch.no_grad():
         results = program(*tensors)
-    return _without_wrappers(kernels, tensors, results) or program
+    found = _without_wrappers(kernels, tensors, results) or program
+    return lambda *tensors: tuple(found(*tensors))
 
 
 def _without_wrappers(kernels: list[Any], tensors: tuple[Tensor, ...], results: Sequence[Tensor]) -> Program | None:
