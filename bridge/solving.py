@@ -55,8 +55,8 @@ STEP, STEP_WORK = 32, 2**24
 """What a step of LiSSA costs besides its products, in examples: passing over the vectors takes as long as multiplying
 them by 32 examples, and besides a millisecond goes by, enough for an example times 2^24 parameters times vectors."""
 
-MUCH_WORK = 2**29
-"""Examples times vectors times parameters of one product, from which on it pays to record it: a third of a second."""
+MUCH_WORK = 2**31
+"""Examples times vectors times parameters of one product, from which on it pays to record it: tenths of a second."""
 
 
 class Choice(NamedTuple):

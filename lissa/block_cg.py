@@ -74,7 +74,7 @@ def solve_block_cg(
 
     def product(X: Tensor) -> Tensor:
         """`(H + damping I) X`, of columns."""
-        products = torch.vmap(tree.flatten)(matvec(torch.vmap(unflatten)(X.mT))).detach()
+        products = torch.vmap(tree.flatten)(matvec(torch.vmap(unflatten)(X.mT.contiguous()))).detach()
         return products.to(X.dtype).mT + damping * X
 
     V = torch.vmap(tree.flatten)(v).detach().mT

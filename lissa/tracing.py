@@ -219,7 +219,7 @@ def _machine_code(recording: torch.fx.GraphModule, tensors: tuple[Tensor, ...]) 
     program: Any = compile_fx(recording, list(tensors), inner_compile=keep)  # type: ignore[arg-type]
     with torch.no_grad():
         results = program(*tensors)
-    return _without_wrappers(kernels, tensors, results) or program
+    return _without_wrappers(kernels, tensors, results) or (lambda *tensors: tuple(program(*tensors)))
 
 
 def _without_wrappers(kernels: list[Any], tensors: tuple[Tensor, ...], results: Sequence[Tensor]) -> Program | None:
@@ -244,7 +244,7 @@ def _without_wrappers(kernels: list[Any], tensors: tuple[Tensor, ...], results: 
         for b, r in zip(bare, results, strict=True)
     ):
         return None
-    return lambda *tensors: call(list(tensors))
+    return lambda *tensors: tuple(call(list(tensors)))
 
 
 def _checked(

@@ -28,6 +28,10 @@ NOISE_BATCHES = 32
 CHUNK = 1024
 """Examples a product on all the data takes at a time; the last chunk may be shorter and weighs less."""
 
+STACKED_CHUNK = 512
+"""The same for K right-hand sides at once: what 100 of them make of larger chunks is no longer kept by the allocator,
+and fetching it anew takes as long as a quarter of the arithmetic."""
+
 RESCUES = 4
 """How often a solve that fell short goes on with twice the scale: an example may have 16 times the mean curvature."""
 
@@ -224,7 +228,7 @@ def solve_tuned_stacked(
     n = sampling.batch_length(call, data, "data")
     if settings is None:
         settings = choose_settings(matvec, like, data, damping=damping, rtol=rtol, generator=generator, vectors=K)
-    full = full_matvec or _full_matvec(matvec, data, n)
+    full = full_matvec or _full_matvec(matvec, data, n, STACKED_CHUNK)
     if settings.method == "block-cg":
         _check_agreement(call, settings, damping, rtol)
         return solve_block_cg(torch.vmap(full), v, damping=damping, rtol=rtol, steps=settings.steps, throw=throw)
@@ -295,6 +299,6 @@ def _unfinished(solution: Solution) -> torch.Tensor:
     return (solution.status != Status.CONVERGED) & (solution.status != Status.NOT_FINITE)
 
 
-def _full_matvec(matvec: BatchMatvec, data: Any, n: int) -> Matvec:
-    chunks = [sampling.take(data, slice(start, start + CHUNK)) for start in range(0, n, CHUNK)]
+def _full_matvec(matvec: BatchMatvec, data: Any, n: int, chunk: int = CHUNK) -> Matvec:
+    chunks = [sampling.take(data, slice(start, start + chunk)) for start in range(0, n, chunk)]
     return operators.mean_matvec(matvec, chunks)

@@ -171,7 +171,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     for axes, problem in zip(panels[0], problems, strict=True):
         for row in (row for row in rows if row["problem"] == problem and row.get("runs")):
             runs = sorted(row["runs"], key=lambda run: run["seconds"])
-            marker = "*" if row["tool"] == OURS else "o"
+            later = list(TOOLS).index(row["tool"]) >= 10  # colours come again
+            marker = "*" if row["tool"] == OURS else "s" if later else "o"
             seconds, errors = [run["seconds"] for run in runs], [min(run["error"], 2.0) for run in runs]
             axes.loglog(seconds, errors, marker, color=colours[row["tool"]], label=row["tool"])
         axes.axhline(AIM, color="0.6", linewidth=1)

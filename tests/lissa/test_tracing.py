@@ -237,6 +237,18 @@ def test_what_is_compiled_is_run_without_wrappers(monkeypatch, caplog):
     assert not [r for r in caplog.records if r.name == "lissa.tracing"]
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_is_compiled_runs_under_vmap_again_and_again(monkeypatch, wrapped):
+    if wrapped:
+        monkeypatch.setattr(tracing, "_without_wrappers", lambda *_: None)
+    fn = compiled(lambda x: {"sin": x.sin(), "square": x * x})
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    for _ in range(3):
+        found = torch.vmap(fn)(x)
+        assert torch.allclose(found["sin"], x.sin())
+        assert torch.allclose(found["square"], x * x)
+
+
 @pytest.mark.parametrize(
     "fn",
     [
