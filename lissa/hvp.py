@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.func import grad, jvp, vjp
 
 from lissa import checks, tree
@@ -306,7 +307,33 @@ def gradient_of_graph(loss: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, .
     """`grad L`, dense and with its own graph, so that it can be differentiated again."""
     if not loss.requires_grad:
         return tuple(torch.zeros_like(p) for p in params)
+    check_twice_differentiable(loss, "A Hessian-vector product by double backward")
     return tuple(map(dense, torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)))
+
+
+def check_twice_differentiable(loss: Tensor, call: str) -> None:
+    """Finds operations of the loss that torch differentiates once: what lies behind them would be lost without a word.
+
+    Raises:
+        NotImplementedError: If there is one.
+    """
+    todo = [loss.grad_fn] if loss.grad_fn is not None else []
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        function = getattr(node, "_forward_cls", None)
+        if function is not None and getattr(function.backward, "__code__", None) is _ONCE:
+            raise NotImplementedError(
+                f"{call} needs second derivatives, and the loss has an operation without: {function.__name__} is "
+                "marked @once_differentiable. Use another method or mode."
+            )
+        further = {to for to, _ in node.next_functions if to is not None} - seen
+        seen |= further
+        todo.extend(further)
+
+
+_ONCE = once_differentiable(lambda *_: None).__code__
+"""What all functions with that mark run."""
 
 
 def pull_back(

@@ -14,7 +14,7 @@ from torch.func import grad, jvp
 from torch.utils import _pytree as pytree
 
 from lissa import checks, sampling, scoring, tree
-from lissa.hvp import dense, pull_back
+from lissa.hvp import check_twice_differentiable, dense, pull_back
 from lissa.kernels import twice_differentiable
 from lissa.leafwise import is_constant
 from lissa.scoring import ScoringPlan, forward_work, plan_scoring
@@ -148,34 +148,14 @@ def scores_of_graph(losses: Tensor, leaves: Params, ihvp: Params) -> Tensor:
     u = torch.ones_like(losses, requires_grad=True)
     if not losses.requires_grad:
         return losses.new_zeros(len(next(iter(ihvp.values()))), len(losses))
+    check_twice_differentiable(losses, "`influence_scores(method='double-vjp')`")
     with torch.enable_grad(), twice_differentiable():
         gradient = torch.autograd.grad(losses, tuple(leaves.values()), u, create_graph=True, materialize_grads=True)
         gradient = tuple(map(dense, gradient))
-    _check_twice_differentiable(gradient)
     stacked = [ihvp[k].detach().unbind() for k in leaves]
     with twice_differentiable():
         pulled = [pull_back(gradient, (u,), vectors, retain_graph=True)[0] for vectors in zip(*stacked, strict=True)]
     return torch.stack(pulled) if pulled else losses.new_zeros(0, len(losses))
-
-
-def _check_twice_differentiable(gradient: Sequence[Tensor]) -> None:
-    """Finds the node that torch puts where a custom function's gradient ends: it raises only if a path goes through.
-
-    No path goes through it to `u`, so that what lies behind it would be lost without a word.
-    """
-    todo = [t.grad_fn for t in gradient if t.grad_fn is not None]
-    seen = set(todo)
-    while todo:
-        node = todo.pop()
-        if node.name().endswith("::Error"):
-            raise NotImplementedError(
-                "`influence_scores(method='double-vjp')` needs second derivatives, and the loss has an operation "
-                "without: a torch.autograd.Function marked @once_differentiable. Use method='jvp' or "
-                "'per-example-gradients'."
-            )
-        further = {to for to, _ in node.next_functions if to is not None} - seen
-        seen |= further
-        todo.extend(further)
 
 
 def scoring_plan(

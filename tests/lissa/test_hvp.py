@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import grad, jvp
 
-from lissa import ggnvp, hvp, hvp_of_graph, tree
+from lissa import ggnvp, hvp, hvp_of_graph, stacked_hvp, tree
 from lissa.hvp import MODES
 from tests import problems
 from tests.oracles import dense_hessian, flatten, relative_error, unflatten
@@ -470,3 +470,33 @@ def on(device, problem):
 
 def random_vector_on(device, problem):
     return {k: t.to(device) for k, t in random_vector(problem).items()}
+
+
+class _CubeOnce(torch.autograd.Function):
+    """`x^3`, with a gradient that torch is told not to differentiate."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return 3 * ctx.saved_tensors[0] ** 2 * g
+
+
+def test_a_function_that_is_differentiable_once_is_no_zero():
+    def loss_fn(params, batch):
+        return _CubeOnce.apply(params["w"]).sum()
+
+    params = {"w": torch.tensor([1.0, 2.0], dtype=torch.float64)}
+    v = {"w": torch.tensor([1.0, 1.0], dtype=torch.float64)}
+    with pytest.raises(NotImplementedError, match="once_differentiable"):
+        hvp(loss_fn, params, None, v, mode="double-backward")
+    with pytest.raises(NotImplementedError, match="once_differentiable"):
+        stacked_hvp(loss_fn, params, None, tree.map(lambda t: t[None], v))
+    # Finite differences remain: their error is a few times the square root of the unit roundoff, or its 2/3 power.
+    torch.testing.assert_close(
+        hvp(loss_fn, params, None, v)["w"], torch.tensor([6.0, 12.0], dtype=torch.float64), rtol=1e-5, atol=0
+    )
