@@ -172,7 +172,9 @@ class InfluenceInterpreter(FromArchive):
 
     def interpret_instances(self, test_instances: Iterable[Any], k: int = 20) -> list[InterpretOutput]:
         """`interpret` for many test instances at once: they share each LiSSA batch, and their order has no effect."""
-        return [InterpretOutput(*row[:3]) for row in self._both_ends("interpret_instances", test_instances, k)]
+        return [
+            InterpretOutput(*row[:3]) for row in self._ranked("interpret_instances", test_instances, k, of=("helpful",))
+        ]
 
     def interpret_from_file(self, test_data_path: Any, k: int = 20) -> list[InterpretOutput]:
         """`interpret_instances` for what the test reader reads from a path."""
@@ -180,7 +182,7 @@ class InfluenceInterpreter(FromArchive):
 
     def interpret_both_ends(self, test_instances: Iterable[Any], k: int = 20) -> list[BothEnds]:
         """`interpret_instances` with the `k` most harmful training instances (smallest scores first) as well."""
-        return self._both_ends("interpret_both_ends", test_instances, k)
+        return self._ranked("interpret_both_ends", test_instances, k, of=("helpful", "harmful"))
 
     def scores(self, test_instances: Iterable[Any]) -> Tensor:
         """All scores, shape `(T, n)`: a row for each test instance, a column for each training instance, on the CPU."""
@@ -332,26 +334,29 @@ class InfluenceInterpreter(FromArchive):
 
     # ------------------------------------------------------------------ how it is done
 
-    def _both_ends(self, call: str, test_instances: Iterable[Any], k: int) -> list[BothEnds]:
+    def _ranked(self, call: str, test_instances: Iterable[Any], k: int, *, of: Sequence[str]) -> list[BothEnds]:
+        """Both ends, of which those not asked for are empty: their losses cost as much as those of the others."""
         checks.count(call, "k", k, at_least=0)
         tests = self._listed(call, test_instances)
         if not len(tests):
             return []
         with self._session() as session, self._recorded(session, call, tests, k=k) as record:
             test_losses: list[float] = []
-            helpful: list[list[tuple[int, float]]] = []
-            harmful: list[list[tuple[int, float]]] = []
+            ends: dict[str, list[list[tuple[int, float]]]] = {"helpful": [], "harmful": []}
             for losses, ranking in self._scored(session, tests, TopK(k), record):
                 test_losses += losses.tolist()
-                helpful += _pairs(ranking["helpful_indices"], ranking["helpful_scores"])
-                harmful += _pairs(ranking["harmful_indices"], ranking["harmful_scores"])
-            ranked = {i for rows in (helpful, harmful) for row in rows for i, _ in row}
+                for end, rows in ends.items():
+                    found = _pairs(ranking[f"{end}_indices"], ranking[f"{end}_scores"])
+                    rows += found if end in of else [[] for _ in found]
+            ranked = {i for rows in ends.values() for row in rows for i, _ in row}
             train_losses = self._train_losses(session, sorted(ranked))
 
         def named(row: list[tuple[int, float]]) -> list[InstanceInfluence]:
             return [InstanceInfluence(self._train[i], train_losses[i], score) for i, score in row]
 
-        return [BothEnds(test, test_losses[t], named(helpful[t]), named(harmful[t])) for t, test in enumerate(tests)]
+        return [
+            BothEnds(test, test_losses[t], *(named(rows[t]) for rows in ends.values())) for t, test in enumerate(tests)
+        ]
 
     def _scored(
         self, session: Session, tests: Rows, reduction: Reduction, record: Record
