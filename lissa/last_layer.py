@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lissa.hvp import check_twice_differentiable
 from lissa.types import LossFn, Params
 
 
@@ -42,6 +43,9 @@ def expansion_of_graph(losses: Tensor, outputs: Tensor, inputs: Tensor) -> Expan
     Returns:
         The expansion, constant to autograd.
 
+    Raises:
+        NotImplementedError: If an operation of the losses is marked @once_differentiable.
+
     Example:
         >>> z = torch.tensor([[1.0, 2.0]], requires_grad=True)
         >>> expansion_of_graph((z**3).sum(1), z, torch.ones(1, 4)).hessians
@@ -49,6 +53,7 @@ def expansion_of_graph(losses: Tensor, outputs: Tensor, inputs: Tensor) -> Expan
                  [ 0., 12.]]])
     """
     B, m = outputs.shape
+    check_twice_differentiable(losses, "`expansion_of_graph`")
     with torch.enable_grad():
         (g,) = torch.autograd.grad(losses.sum(), outputs, create_graph=True, materialize_grads=True)
     D = outputs.new_zeros(m, B, m)

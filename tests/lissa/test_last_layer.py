@@ -116,3 +116,20 @@ def test_a_scale_that_is_too_small_diverges(case):
     solution = lissa.solve_lissa_stacked(layer, vectors, [batch] * 64, scale=scale, throw=False)
     assert (solution.status == lissa.Status.DIVERGED).all()
     assert all(t.isnan().all() for t in solution.value.values())
+
+
+def test_a_loss_that_is_differentiable_once_is_refused():
+    class Cube(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, z):
+            ctx.save_for_backward(z)
+            return z**3
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, g):
+            return 3 * ctx.saved_tensors[0] ** 2 * g
+
+    z = torch.ones(2, 3, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="expansion_of_graph"):
+        expansion_of_graph(Cube.apply(z).sum(1), z, torch.ones(2, 4))
