@@ -156,10 +156,10 @@ class ExpandedRows(Rows):
         """The expansion of the instances `indices`."""
         indices = list(indices)
         if self._holds(indices):
-            return _rows(self._gathered, [i - self._held.start for i in indices])
+            return _taken(self._gathered, [i - self._held.start for i in indices])
         chosen = sorted(set(indices))
         found = self._expanded(chosen)
-        return found if chosen == indices else _rows(found, [bisect_left(chosen, i) for i in indices])
+        return found if chosen == indices else _taken(found, [bisect_left(chosen, i) for i in indices])
 
     def _expanded(self, chosen: Sequence[int]) -> Expansion:
         """Of the instances `chosen`, which rise, in groups of equal shapes."""
@@ -199,7 +199,7 @@ class ExpandedRows(Rows):
             yield waiting, _as_batches_of_one(self.batch(waiting))
 
 
-def _rows(batch: Expansion, rows: list[int]) -> Expansion:
+def _taken(batch: Expansion, rows: list[int]) -> Expansion:
     """These rows; a view of them if they are one stretch."""
     first, count = rows[0], len(rows)
     stretch = rows[-1] - first == count - 1 and rows == list(range(first, first + count))

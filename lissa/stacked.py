@@ -313,7 +313,7 @@ class _Steps:
     A chunk of right-hand sides takes the steps that wait before the next chunk does, so that it stays in the cache.
     """
 
-    def __init__(self, matvec: StackedMatvec, h: Params, v: Params, c: float, scale: float, chunks: "Chunks"):
+    def __init__(self, matvec: StackedMatvec, h: Params, v: Params, c: float, scale: float, chunks: Chunks):
         self.matvec, self.c, self.scale, self.most = matvec, c, scale, chunks.steps
         target = tree.scale(1 / c, v) if c else v
         parts = _parts(v, chunks.size)
@@ -368,7 +368,7 @@ class _Steps:
 class _StepsTogether(_Steps):
     """The same with a `Stepper`, for all steps but the last."""
 
-    def __init__(self, matvec: Stepper, h: Params, v: Params, c: float, scale: float, chunks: "Chunks"):
+    def __init__(self, matvec: Stepper, h: Params, v: Params, c: float, scale: float, chunks: Chunks):
         super().__init__(matvec, h, v, c, scale, chunks._replace(steps=CHECK_EVERY))
         self.stepper = matvec
 
