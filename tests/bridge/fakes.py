@@ -141,15 +141,20 @@ def two_layers(seed=0):
         return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
 
 
-def dense_problem(n=40):
-    """A linear classifier, fewer instances than a sample has, the dense Hessian and all gradients."""
+def classifier(n):
+    """A softmax regression in float64 that is not at its optimum, and n examples."""
     generator = torch.Generator().manual_seed(0)
     model = nn.Linear(4, 3).double()
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype))
     x = torch.randn(n, 4, generator=generator, dtype=torch.float64)
-    y = torch.randint(3, (n,), generator=generator)
+    return model, x, torch.randint(3, (n,), generator=generator)
+
+
+def dense_problem(n=40):
+    """A linear classifier, fewer instances than a sample has, the dense Hessian and all gradients."""
+    model, x, y = classifier(n)
     params = {k: p.detach() for k, p in model.named_parameters()}
 
     def losses(params, batch):

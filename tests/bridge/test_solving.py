@@ -8,20 +8,15 @@ from torch import nn
 import lissa
 from bridge import SimpleInfluence, solving
 from bridge.diagnostics import InfluenceWarning
+from tests.bridge.fakes import classifier
 from tests.oracles import dense_gradients, dense_hessian, flatten, relative_error
 
 RIDGE = 0.05
 
 
 def problem(n=150):
-    """A softmax regression in float64 that is not at its optimum: convex, so that H + ridge I is definite."""
-    generator = torch.Generator().manual_seed(0)
-    model = nn.Linear(4, 3).double()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype))
-    x = torch.randn(n, 4, generator=generator, dtype=torch.float64)
-    y = torch.randint(3, (n,), generator=generator)
+    """Convex, so that H + ridge I is definite."""
+    model, x, y = classifier(n)
     return model, list(zip(x, y, strict=True)), (x, y)
 
 
