@@ -321,7 +321,7 @@ def test_allennlps_order_cannot_be_gone_back_to(tmp_path):
 # ---------------------------------------------------------------------- kill -9
 
 KILLED = """
-import os, random, signal, sys, time, warnings
+import os, random, shutil, signal, sys, time, warnings
 import torch
 import torch.nn.functional as F
 from bridge import SimpleInfluence
@@ -332,7 +332,7 @@ warnings.simplefilter("ignore")
 
 def run(directory):
     influence = SimpleInfluence.from_dataset(
-        two_layers(), pairs(1200), loss_fn=F.cross_entropy, ridge=0.5, scale=5.0, recursion_depth=320, num_samples=2,
+        two_layers(), pairs(1200), loss_fn=F.cross_entropy, ridge=0.5, scale=5.0, recursion_depth=120, num_samples=2,
         progress=False, checkpoint_dir=directory, checkpoint_every=0.005, score_batch_size=2)
     outputs = influence.interpret_both_ends(pairs(3, seed=1), k=5)
     ends = [[(e.score, e.loss) for e in (*o.most_helpful, *o.most_harmful)] for o in outputs]
@@ -348,27 +348,41 @@ def child():  # a process of its own that is killed, without the seconds that im
 def written():
     return {name for name in os.listdir("killed") if name.endswith(".pt")} if os.path.isdir("killed") else set()
 
-run("whole")
-chance = random.Random(int(sys.argv[1]))
-for _ in range(10):
-    pid, before, wanted = child(), written(), chance.randint(1, 6)
-    seen = set(before)
-    while len(seen) < len(before) + wanted:  # so that each attempt gets further than the one before
-        assert os.waitpid(pid, os.WNOHANG) == (0, 0), "ended before it could be killed"
-        seen |= written()
+def check():
+    (ends, scores), (expected_ends, expected_scores) = (
+        torch.load(f"{name}.result", weights_only=True) for name in ("killed", "whole"))
+    assert ends == expected_ends and torch.equal(scores, expected_scores)
+
+def kill(pid, wanted):
+    "Kills the process soon after it has written `wanted` states; False if it ended before."
+    before = seen = written()
+    while len(seen) < len(before) + wanted and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        seen = seen | written()
     time.sleep(chance.uniform(0, 0.02))
     os.kill(pid, signal.SIGKILL)
-    assert os.waitpid(pid, 0)[1] == signal.SIGKILL, "ended before it could be killed"
-    latest = max((name for name in written()), key=lambda name: name.split(".")[:2])
+    status = os.waitpid(pid, 0)[1]
+    assert status in (0, signal.SIGKILL), status
+    return status == signal.SIGKILL
+
+def phase():
+    latest = max(written(), key=lambda name: name.split(".")[:2])
     try:
         keys = torch.load(os.path.join("killed", latest), weights_only=True)["values"]
     except Exception:
-        keys = ()
-    print("solving" if any("solved/" in key for key in keys) else "scoring", flush=True)
+        return "writing"
+    return "solving" if any("solved/" in key for key in keys) else "scoring"
+
+run("whole")
+chance = random.Random(int(sys.argv[1]))
+phases = []
+while len(phases) < 10 or not {"solving", "scoring"} <= set(phases):
+    if kill(child(), wanted=chance.randint(1, 6)):  # one at least, so that each attempt gets further than the last
+        phases.append(phase())
+    else:  # how often a state is written depends on the machine: where the job outran us, it starts afresh
+        check()
+        shutil.rmtree("killed")
 assert os.waitpid(child(), 0)[1] == 0
-(ends, scores), (expected_ends, expected_scores) = (
-    torch.load(f"{name}.result", weights_only=True) for name in ("killed", "whole"))
-assert ends == expected_ends and torch.equal(scores, expected_scores)
+check()
 print("same bits")
 """
 
@@ -379,6 +393,4 @@ def test_killed_ten_times_at_random_it_ends_with_the_same_bits(tmp_path):
     command = [sys.executable, "-c", KILLED, str(random.Random(0).randint(0, 10**6))]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    phases = done.stdout.split("\n")
-    assert phases[10] == "same bits"
-    assert {"solving", "scoring"} <= set(phases[:10])
+    assert done.stdout == "same bits\n"
