@@ -17,6 +17,7 @@ from torch.utils.data import default_collate
 
 from bridge import progress
 from lissa import Batch, checks
+from lissa.host import to_device as tensor_to_device
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -287,7 +288,7 @@ def _stacked(instances: Sequence[Instance], longest: dict[str, dict[str, int]]) 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """`batch` with its tensors on `device`; the batch itself is not changed."""
-    return pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
+    return pytree.tree_map(lambda leaf: tensor_to_device(leaf, device) if isinstance(leaf, Tensor) else leaf, batch)
 
 
 def stacked_alike(batches: Iterable[tuple[int, Batch]], size: int) -> Iterator[tuple[list[int], Batch]]:

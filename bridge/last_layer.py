@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from bridge.functional import Functional, loss_and_gradient
 from bridge.row_losses import NoRowLossesError, row_losses
 from bridge.rows import Rows, are_rows
-from lissa import Batch, Expansion, LastLayer, expansion_of_graph, stacked_hvp, tree
+from lissa import Batch, Expansion, LastLayer, expansion_of_graph, stacked_hvp, take, tree
 from lissa.stacked import norms
 
 logger = logging.getLogger(__name__)
@@ -203,8 +203,7 @@ def _taken(batch: Expansion, rows: list[int]) -> Expansion:
     """These rows; a view of them if they are one stretch."""
     first, count = rows[0], len(rows)
     stretch = rows[-1] - first == count - 1 and rows == list(range(first, first + count))
-    index = slice(first, first + count) if stretch else torch.tensor(rows, device=batch.inputs.device)
-    return Expansion(*(t[index] for t in batch))
+    return take(batch, slice(first, first + count) if stretch else torch.tensor(rows))
 
 
 def _as_batches_of_one(batch: Expansion) -> Expansion:

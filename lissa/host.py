@@ -1,7 +1,7 @@
-"""What a loop on the host does while `vmap` is active: reads a decision off the device, and draws shared randomness.
+"""What a loop on the host does while `vmap` is active: reads a decision off the device, sends it what it draws.
 
-Both leave the surrounding `vmap` through the rule of a `torch.autograd.Function`, which is torch's public way to do so.
-Knows nothing of solvers or data.
+Decisions and draws leave the surrounding `vmap` through the rule of a `torch.autograd.Function`, torch's public way to
+do so. Knows nothing of solvers or data.
 """
 
 from typing import Any
@@ -37,7 +37,7 @@ def normal(size: int, dtype: torch.dtype, device: torch.device, generator: torch
     """`torch.randn(size)` drawn once, not once for each vector of a surrounding `vmap`; moved to `device`."""
 
     def draw() -> Tensor:
-        return torch.randn(size, dtype=dtype, device=generator.device, generator=generator).to(device)
+        return to_device(torch.randn(size, dtype=dtype, device=generator.device, generator=generator), device)
 
     return _Draw.apply(draw)
 
@@ -47,9 +47,16 @@ def signs(size: int, dtype: torch.dtype, device: torch.device, generator: torch.
 
     def draw() -> Tensor:
         bits = torch.randint(2, (size,), device=generator.device, generator=generator)
-        return (2 * bits - 1).to(dtype=dtype, device=device)
+        return to_device((2 * bits - 1).to(dtype), device)
 
     return _Draw.apply(draw)
+
+
+def to_device(t: Tensor, device: torch.device) -> Tensor:
+    """`t` on `device`. The host does not wait for a copy to a GPU: it goes through memory that is not paged."""
+    if t.device.type == "cpu" and device.type == "cuda":
+        return t.pin_memory().to(device, non_blocking=True)
+    return t.to(device)
 
 
 def number(value: Tensor) -> float:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lissa import host
 from lissa.hvp import check_twice_differentiable
 from lissa.types import LossFn, Params
 
@@ -114,7 +115,7 @@ class LastLayer(NamedTuple):
 
         def of_rows(numbers: Iterable[float]) -> Tensor:
             rows = [x for x, size in zip(numbers, sizes, strict=True) for _ in range(size)]
-            return torch.tensor(rows, dtype=a.dtype, device=a.device)
+            return host.to_device(torch.tensor(rows, dtype=a.dtype), a.device)
 
         D = torch.cat([batch.hessians for batch in batches])
         D = D * of_rows(1 / (power * size) for power, size in zip(powers[1:], sizes, strict=True))[:, None, None]

@@ -92,11 +92,16 @@ def batch_stream(
 
 def take(data: Any, index: Any) -> Batch:
     """`data[index]`: the rows `index` (integers or a slice) of each tensor in `data`."""
+    on: dict[torch.device, Tensor] = {}
 
     def rows(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        return leaf[index.to(leaf.device) if isinstance(index, Tensor) else index]
+        if not isinstance(index, Tensor):
+            return leaf[index]
+        if leaf.device not in on:
+            on[leaf.device] = host.to_device(index, leaf.device)
+        return leaf[on[leaf.device]]
 
     return pytree.tree_map(rows, data)
 
