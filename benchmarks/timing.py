@@ -59,15 +59,15 @@ def ratio(a: Timing, b: Timing) -> Timing:
 
 
 def _seconds(call: Callable[[], Any], repeats: int, device: str) -> float:
-    _synchronise(device)
+    synchronise(device)
     start = time.perf_counter()
     for _ in range(repeats):
         call()
-    _synchronise(device)
+    synchronise(device)
     return (time.perf_counter() - start) / repeats
 
 
-def _synchronise(device: str) -> None:
+def synchronise(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -76,11 +76,11 @@ def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
     """The most memory that was allocated at once during `call()`, its result included, what existed before not."""
     call()
     if device == "cuda":
-        _synchronise(device)
+        synchronise(device)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         kept = call()
-        _synchronise(device)
+        synchronise(device)
         del kept
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

@@ -160,11 +160,13 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
 }
 
 
-def make(name: str) -> Workload:
-    """The workload, the same each time."""
+def make(name: str, device: str = "cpu") -> Workload:
+    """The workload, the same each time, its model on the device; instances stay where the reader makes them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return WORKLOADS[name]()
+        workload = WORKLOADS[name]()
+    workload.model.to(device)
+    return workload
 
 
 def collated(instances: list[Instance]) -> dict[str, Any]:

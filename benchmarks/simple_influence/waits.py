@@ -1,0 +1,76 @@
+"""Claim: on a GPU no step of LiSSA makes the host wait, but for one look at the status every sixteen steps.
+
+Profiles the job of each workload, ten test instances, with 160 and with 800 steps, and divides what is more by the
+steps that are more: calls that make the host wait, kernels, and copies. Beside it, seconds of a step.
+
+    python -m benchmarks.simple_influence.waits
+"""
+
+import json
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.simple_influence import jobs, workloads
+from benchmarks.timing import environment
+
+RESULTS = Path(__file__).parents[1] / "results"
+STEPS = 160, 800
+TESTS = 10
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+
+
+def counted(workload: workloads.Workload, steps: int) -> tuple[Counter[str], float]:
+    """What a job calls of the driver, by name, the kernels and copies on the GPU, and seconds without a profiler."""
+    settings: dict[str, Any] = {"recursion_depth": steps, "measure_residual": False}
+    jobs.ours(workload, TESTS, settings)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    jobs.ours(workload, TESTS, settings)
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        jobs.ours(workload, TESTS, settings)
+        torch.cuda.synchronize()
+    found: Counter[str] = Counter()
+    for event in profiler.events():
+        if event.name.startswith("cuda"):
+            found[event.name] += 1
+        elif event.device_type == torch.autograd.DeviceType.CUDA:
+            found[event.name if event.name.startswith("Mem") else "kernels"] += 1
+    return found, seconds
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    rows = []
+    for name in workloads.WORKLOADS:
+        workload = workloads.make(name, "cuda")
+        (few, seconds), (many, more_seconds) = (counted(workload, steps) for steps in STEPS)
+        steps = STEPS[1] - STEPS[0]
+        of_a_step = {event: (many[event] - few[event]) / steps for event in sorted(many | few)}
+        rows.append(
+            {
+                "workload": name,
+                "waits_of_a_step": sum(count for event, count in of_a_step.items() if event in WAITS),
+                "kernels_of_a_step": of_a_step.get("kernels", 0.0),
+                "seconds_of_a_step": (more_seconds - seconds) / steps,
+                "of_a_step": of_a_step,
+            }
+        )
+        row = rows[-1]
+        print(
+            f"{name}: {row['waits_of_a_step']:.3f} waits, {row['kernels_of_a_step']:.1f} kernels, "
+            f"{row['seconds_of_a_step'] * 1e6:.0f} us a step of {TESTS} vectors",
+            flush=True,
+        )
+        record = {"environment": environment(), "steps": STEPS, "tests": TESTS, "rows": rows}
+        (RESULTS / "simple-influence-waits-cuda.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
