@@ -158,7 +158,8 @@ def by_gradients(model: Functional, example: Batch, examples: int, vectors: int)
     They are expected to be where there are many vectors and an example is a long sequence.
     """
     work = forward_work(model.loss_fn, model.params, example)
-    plan = plan_scoring(work, examples=examples, vectors=vectors, parameters=tree.numel(model.params))
+    device = next(iter(model.params.values())).device.type
+    plan = plan_scoring(work, examples=examples, vectors=vectors, parameters=tree.numel(model.params), device=device)
     return plan.method == "per-example-gradients"
 
 
