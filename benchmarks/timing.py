@@ -83,7 +83,7 @@ def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
         synchronise(device)
         del kept
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         kept = call()
     del kept
     events = profiler.profiler.kineto_results.events()

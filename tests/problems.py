@@ -171,7 +171,7 @@ class Recurrent(nn.Module):
     def forward(self, words: Tensor, lengths: Tensor) -> Tensor:
         x = self.embedding(words)
         if self.packed:
-            x = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+            x = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
         states = self.rnn(x)[1]
         return self.out((states[0] if isinstance(states, tuple) else states)[-1])
 

@@ -1,6 +1,6 @@
 """Claim: on a GPU no step of LiSSA makes the host wait, but for one look at the status every sixteen steps.
 
-Profiles the job of each workload, ten test instances, with 160 and with 800 steps, and divides what is more by the
+Profiles the job of each workload, ten test instances, with 64 and with 256 steps, and divides what is more by the
 steps that are more: calls that make the host wait, kernels, and copies. Beside it, seconds of a step.
 
     python -m benchmarks.simple_influence.waits
@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.simple_influence import jobs, workloads
 from benchmarks.timing import environment
 
 RESULTS = Path(__file__).parents[1] / "results"
-STEPS = 160, 800
+STEPS = 64, 256
 TESTS = 10
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 
@@ -33,15 +34,16 @@ def counted(workload: workloads.Workload, steps: int) -> tuple[Counter[str], flo
     jobs.ours(workload, TESTS, settings)
     torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiler:
         jobs.ours(workload, TESTS, settings)
         torch.cuda.synchronize()
     found: Counter[str] = Counter()
-    for event in profiler.events():
-        if event.name.startswith("cuda"):
-            found[event.name] += 1
-        elif event.device_type == torch.autograd.DeviceType.CUDA:
-            found[event.name if event.name.startswith("Mem") else "kernels"] += 1
+    for event in profiler.profiler.kineto_results.events():
+        name = event.name()
+        if name.startswith("cuda"):
+            found[name] += 1
+        elif event.device_type() == DeviceType.CUDA:
+            found[name if name.startswith("Mem") else "kernels"] += 1
     return found, seconds
 
 
