@@ -490,6 +490,7 @@ class InfluenceInterpreter(FromArchive):
         devices = [self.device] if self.device.type == "cuda" else []
         with (
             self._ranks.together(),
+            torch.inference_mode(False),
             torch.random.fork_rng(devices, enabled=self._keep_rng),
             evaluation(self.model) as module,
         ):

@@ -3,6 +3,7 @@
 Knows shapes and types, not algorithms. Reads metadata only, so a check costs no device synchronisation.
 """
 
+import functools
 import math
 import numbers
 from collections.abc import Callable, Mapping
@@ -29,6 +30,22 @@ def params(call: str, value: Any, name: str = "params") -> None:
                 f"`{call}({name}=...)` must hold floating-point tensors, got {tensor.dtype} at {key!r}. "
                 "Keep integer buffers out of the parameter dict: close over them in the loss."
             )
+
+
+def point(call: str, value: Any) -> None:
+    """`value` must be parameters, and derivatives at it possible here.
+
+    Before torch 2.12, inference mode makes those of torch.func zero without a word.
+    """
+    params(call, value)
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled() and not differentiates_in_inference():
+        raise RuntimeError(IN_INFERENCE_MODE.format(call))
+
+
+IN_INFERENCE_MODE = (
+    "`{}` takes derivatives, which torch leaves out inside `torch.inference_mode()`. Use `torch.no_grad()` there, "
+    "which changes nothing here."
+)
 
 
 def vector(call: str, like: Params, value: Any, name: str = "v", of: str = "params") -> None:
@@ -160,6 +177,13 @@ def generator(call: str, value: Any) -> None:
             f"`{call}(generator=...)` must be a torch.Generator, got {type(value).__name__}. "
             "Use torch.Generator().manual_seed(0)."
         )
+
+
+@functools.cache
+def differentiates_in_inference() -> bool:
+    """Whether torch.func does its work in inference mode."""
+    with torch.inference_mode():
+        return float(torch.func.grad(torch.square)(torch.ones(()))) == 2.0
 
 
 def _random_states(devices: set[torch.device]) -> list[Tensor]:

@@ -49,7 +49,7 @@ def ggnvp(output_fn: OutputFn, output_loss_fn: OutputLossFn, params: Params, bat
 
     Source: N. N. Schraudolph, Fast curvature matrix-vector products, Neural Computation 14 (2002), section 3.
     """
-    checks.params("ggnvp", params)
+    checks.point("ggnvp", params)
     checks.vector("ggnvp", params, v)
     v = {key: v[key] for key in params}
     output_loss = checks.scalar_loss("ggnvp", output_loss_fn, "output_loss_fn")
@@ -92,7 +92,7 @@ def fvp(example_loss_fn: ExampleLossFn, params: Params, batch: Batch, v: Params)
 
     Source: J. Martens, New insights and perspectives on the natural gradient method, JMLR 21 (2020), section 11.
     """
-    checks.params("fvp", params)
+    checks.point("fvp", params)
     checks.vector("fvp", params, v)
     v = {key: v[key] for key in params}
 
@@ -134,7 +134,7 @@ def linearised_hvp(loss_fn: LossFn, params: Params, batch: Batch) -> Matvec:
         >>> matvec({"w": torch.tensor([1.0, 2.0])})
         {'w': tensor([ 6., 12.])}
     """
-    checks.params("linearised_hvp", params)
+    checks.point("linearised_hvp", params)
     loss = checks.deterministic("linearised_hvp", checks.scalar_loss("linearised_hvp", loss_fn), params)
     with _kernels():
         pullback = vjp(lambda p: grad(loss)(p, batch), params)[1]

@@ -100,7 +100,7 @@ def dual_influence(
     Source: M. A. Woodbury, Inverting modified matrices (1950); C. K. I. Williams and C. E. Rasmussen, Gaussian
     Processes for Machine Learning (2006), eq. 2.11 and 2.12, for the same step from parameters to outputs.
     """
-    checks.params("dual_influence", params)
+    checks.point("dual_influence", params)
     if damping is not None:
         checks.positive("dual_influence", "damping", damping)
     checks.count("dual_influence", "most_rows", most_rows)

@@ -85,7 +85,7 @@ def _strategy(mode: str) -> Callable[[HVP], HVP]:
     def decorate(formula: HVP) -> HVP:
         @functools.wraps(formula)
         def strategy(loss_fn: LossFn, params: Params, batch: Batch, v: Params) -> Params:
-            checks.params("hvp", params)
+            checks.point("hvp", params)
             checks.vector("hvp", params, v)
             v = {key: v[key] for key in params}
             checked = checks.deterministic("hvp", checks.scalar_loss("hvp", loss_fn), params)
@@ -101,6 +101,8 @@ def _strategy(mode: str) -> Callable[[HVP], HVP]:
                     with DenseEmbeddings():
                         return formula(checked, params, batch, v)
             except RuntimeError as error:
+                if torch.is_inference_mode_enabled():
+                    raise RuntimeError(checks.IN_INFERENCE_MODE.format(f"hvp(mode={mode!r})")) from error
                 explanation = explained(f"hvp(mode={mode!r})", error)
                 if explanation is error:
                     raise
@@ -251,7 +253,7 @@ def choose_mode(loss_fn: LossFn, params: Params, batch: Batch) -> str:
         >>> choose_mode(lambda params, x: (params["w"] * x).exp().mean(), {"w": torch.ones(3)}, torch.ones(3))
         'reverse-over-reverse'
     """
-    checks.params("choose_mode", params)
+    checks.point("choose_mode", params)
     return _first_that_runs(loss_fn, params, batch, tree.zeros_like(params))[0]
 
 
@@ -305,6 +307,8 @@ def hvp_of_graph(loss: Tensor, params: Sequence[Tensor], vectors: Sequence[Tenso
 
 def gradient_of_graph(loss: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """`grad L`, dense and with its own graph, so that it can be differentiated again."""
+    if torch.is_inference_mode_enabled():  # there are no graphs
+        raise RuntimeError(checks.IN_INFERENCE_MODE.format("A Hessian-vector product by double backward"))
     if not loss.requires_grad:
         return tuple(torch.zeros_like(p) for p in params)
     check_twice_differentiable(loss, "A Hessian-vector product by double backward")

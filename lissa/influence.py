@@ -83,7 +83,7 @@ def influence_scores(
         checks.one_of("influence_scores", "method", method, METHODS)
     if chunk_size is not None:
         checks.count("influence_scores", "chunk_size", chunk_size)
-    checks.params("influence_scores", params)
+    checks.point("influence_scores", params)
     stacked = checks.is_stacked("influence_scores", params, ihvp, "ihvp")
     ihvp = {k: ihvp[k] for k in params}
     example_loss = _example_loss_of_params(example_loss_fn, batch)
@@ -237,7 +237,7 @@ def per_example_gradients(
         >>> per_example_gradients(lambda p, x: p["w"] * x**2, {"w": torch.tensor(1.0)}, torch.tensor([1.0, 2.0]))
         {'w': tensor([1., 4.])}
     """
-    checks.params("per_example_gradients", params)
+    checks.point("per_example_gradients", params)
     sampling.batch_length("per_example_gradients", batch)
 
     def loss_of_one(params: Params, example: Any) -> Tensor:

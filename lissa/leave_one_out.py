@@ -73,7 +73,7 @@ def leave_one_out_scores(
     the accuracy of influence functions for measuring group effects, NeurIPS 2019, section 2.
     """
     call = "leave_one_out_scores"
-    checks.params(call, params)
+    checks.point(call, params)
     stacked = checks.is_stacked(call, params, test_gradient, "test_gradient")
     n = sampling.batch_length(call, data, "data")
     places = _places(call, chosen, n)

@@ -105,7 +105,7 @@ def linearised_stacked_hvp(loss_fn: LossFn, params: Params, batch: Batch) -> Cal
         >>> matvec({"w": torch.tensor([[1.0, 2.0]])})
         {'w': tensor([[ 6., 12.]])}
     """
-    checks.params("stacked_hvp", params)
+    checks.point("stacked_hvp", params)
     loss_fn = checks.deterministic("stacked_hvp", checks.scalar_loss("stacked_hvp", loss_fn), params)
     leaves = tree.map(lambda p: p.detach().requires_grad_(), params)
     with torch.enable_grad(), twice_differentiable():

@@ -654,16 +654,10 @@ def test_compat_takes_train_gradients_in_train_mode_and_rounds_scores():
     assert influence.scores(data[:1]).dtype == torch.float32
 
 
-# ------------------------------------------------------------------ GPU
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_gives_the_scores_of_the_cpu_and_the_model_stays_where_it_is():
-    model, data, tests = linear(), pairs(30), pairs(3, seed=1)
-    expected = interpreter(model, data, cuda_device=-1).scores(tests)
-    watch = Watch(model)
-    influence = interpreter(model, data, cuda_device=0)
-    torch.testing.assert_close(influence.scores(tests), expected, **EXACT)
-    assert influence.self_influence().shape == (30,)
-    assert len(influence.interpret_instances(tests, k=3)) == 3
-    assert watch.changes() == []
+def test_inference_mode_changes_nothing():
+    """Before torch 2.12, torch.func takes derivatives for zero in it."""
+    data, tests = pairs(20), pairs(2, seed=1)
+    for model in (linear(), two_layers()):
+        expected = interpreter(model, data).scores(tests)
+        with torch.inference_mode():
+            torch.testing.assert_close(interpreter(model, data).scores(tests), expected, **EXACT)

@@ -7,7 +7,9 @@ import torch
 
 import lissa
 from lissa import checks
+from lissa.hvp import MODES
 from tests.oracles import flatten
+from tests.problems import mlp, random_vector
 
 PARAMS = {"w": torch.ones(2, 3), "b": torch.zeros(3)}
 V = {"w": torch.ones(2, 3), "b": torch.ones(3)}
@@ -182,3 +184,34 @@ def test_numbers_of_other_libraries_are_numbers():
     checks.count("f", "x", numpy.int64(3))
     with pytest.raises(TypeError, match="got bool"):
         checks.positive("f", "x", True)
+
+
+@pytest.mark.parametrize("name", [*MODES, "ggnvp", "stacked_hvp", "influence_scores", "per_example_gradients"])
+@pytest.mark.parametrize("differentiates", [True, False], ids=["as torch is", "as torch was"])
+def test_in_inference_mode_derivatives_are_right_or_an_error(name, differentiates, monkeypatch):
+    """Before torch 2.12 those of torch.func are zero there, without a word."""
+    problem = mlp()
+    v = random_vector(problem)
+    calls = {
+        **{mode: partial(lissa.hvp, problem.loss_fn, problem.params, problem.batch, v, mode=mode) for mode in MODES},
+        "ggnvp": lambda: lissa.ggnvp(problem.output_fn, problem.output_loss_fn, problem.params, problem.batch, v),
+        "stacked_hvp": lambda: lissa.stacked_hvp(
+            problem.loss_fn, problem.params, problem.batch, lissa.tree.map(lambda t: t.unsqueeze(0), v)
+        ),
+        "influence_scores": lambda: lissa.influence_scores(problem.example_loss_fn, problem.params, v, problem.batch),
+        "per_example_gradients": lambda: lissa.per_example_gradients(
+            problem.example_loss_fn, problem.params, problem.batch
+        ),
+    }
+    expected = calls[name]()
+    if not differentiates:
+        monkeypatch.setattr(checks, "differentiates_in_inference", lambda: False)
+    with torch.inference_mode():
+        try:
+            got = calls[name]()
+        except RuntimeError as error:
+            assert "torch.inference_mode()" in str(error)  # noqa: PT017
+            return
+        assert differentiates
+        tolerance = 1e-4 if name == "finite-difference" else 1e-10
+        torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
