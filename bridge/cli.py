@@ -22,6 +22,7 @@ from bridge import distributed
 from bridge.arguments import parser
 from bridge.checkpoint import CheckpointError
 from bridge.files import InputError
+from bridge.watch import RankError
 
 if TYPE_CHECKING:
     from bridge.job import Job
@@ -56,7 +57,7 @@ def _exit_code(arguments: argparse.Namespace) -> int:
     try:
         with _termination_as_interrupt():
             return arguments.run(arguments)
-    except distributed.RankError as error:
+    except RankError as error:
         has_the_word = distributed.second_here() if error.first_is_gone else distributed.first_here()
         if has_the_word:
             print(f"{type(error).__name__}: {error}", file=sys.__stderr__, flush=True)

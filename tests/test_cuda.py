@@ -372,11 +372,12 @@ def test_it_goes_on_with_less_where_memory_runs_out(caplog):
 
 NCCL = """
 import torch, torch.distributed as dist
-from bridge.distributed import Ranks, _Watch
+from bridge.distributed import Ranks
+from bridge.watch import Watch
 
 dist.init_process_group("nccl", device_id=torch.device("cuda", 0))
 ranks = Ranks(dist.group.WORLD)
-ranks._watch = _Watch(dist.group.WORLD, 0, 1)  # one GPU bears one process: it sends messages as if there were others
+ranks._watch = Watch(dist.group.WORLD, 0, 1)  # one GPU bears one process: it sends messages as if there were others
 vectors = {"w": torch.ones(3, 2, device="cuda"), "b": torch.arange(4, device="cuda").double()}
 found = ranks.sum(vectors, 0.5)
 assert {k: t.device for k, t in found.items()} == {k: t.device for k, t in vectors.items()}
