@@ -3,6 +3,7 @@
 Counts operations of a loss by watching one forward pass. Knows sizes and costs; knows nothing of what scores are for.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -26,29 +27,33 @@ METHODS = ("jvp", "per-example-gradients", "double-vjp")
 
 
 class Machine(NamedTuple):
-    """What a type of device takes, in seconds.
+    """What a type of device takes, in seconds, and what it holds.
 
     Attributes:
         call: To call a kernel through `torch.func`.
         multiply: For a multiplication and an addition of a matrix product.
         move: To read or write a number.
+        cache: Numbers beyond which they are moved more slowly.
     """
 
     call: float
     multiply: float
     move: float
+    cache: float
 
 
 MACHINES = {
-    "cpu": Machine(call=35e-6, multiply=12.5e-12, move=0.35e-9),
-    "cuda": Machine(call=35e-6, multiply=0.05e-12, move=0.002e-9),
+    "cpu": Machine(call=30e-6, multiply=12.5e-12, move=0.25e-9, cache=2**22),
+    "cuda": Machine(call=35e-6, multiply=0.05e-12, move=0.002e-9, cache=math.inf),
 }
-"""By type of device, others are taken for the last. The CPU is one core with float32, 160 GFLOP/s and 11 GB/s, as was
-measured; the GPU is calculated with 40 TFLOP/s and 2 TB/s, and kernels are called as fast as on the CPU."""
+"""By type of device, others are taken for the last. The CPU is one core with float32, 160 GFLOP/s, 16 GB/s and 16 MiB,
+as measured; the GPU is calculated with 40 TFLOP/s and 2 TB/s, and kernels are called about as fast as on the CPU."""
 
 
 class ForwardWork(NamedTuple):
     """What the loss of one example takes; sequence length enters here, and what an embedding does not multiply.
+
+    What is computed from the parameters alone, once for all examples, is an operation and no more.
 
     Attributes:
         operations: Number of kernels.
@@ -60,6 +65,7 @@ class ForwardWork(NamedTuple):
         looked_up: Numbers of those rows.
         inputs: Numbers of those read that are of the example.
         input_multiplications: Those multiplications whose factors are of the example.
+        products: Those operations that are matrix products and convolutions.
     """
 
     operations: int
@@ -71,6 +77,7 @@ class ForwardWork(NamedTuple):
     looked_up: int = 0
     inputs: int = 0
     input_multiplications: int = 0
+    products: int = 0
 
 
 class ScoringPlan(NamedTuple):
@@ -117,26 +124,28 @@ def plan_scoring(
 ) -> ScoringPlan:
     """The cheapest method and its chunk, for n examples, K vectors, P parameters and the work W of a forward pass.
 
-        t(jvp)        = chunks (N a + K (P + V) w) + n ((K + 1) (G m + M w) + 2 K E w + (K / 2 + 4) I w)
-        t(gradients)  = chunks (N a + K P w) + n (G m + 7/4 (M + I) w + P (K m + 5/2 w))
-        t(double-vjp) = chunks ((K + 8) N a / 10 + K (P - V) w + 5 P w) + n ((K + 2) (G m + M w) + 4 E w + (K + 1) I w)
+        t(jvp)        = c ((N + 2 B + 10) a + 5/2 K V w)
+                      + n ((K + 1) (G m + M w) + 2 h K M w + 3/2 K E w + 2/3 (K + 6) I w)
+        t(gradients)  = c ((N / 4 + 10 B + 14) a + 3/4 K P w)
+                      + n (G m + 5/2 M w + 5/2 (1 + h) P w + 2/3 K P m)
+        t(double-vjp) = c ((2/3 N + 10 + K (N / 15 + 3/2 B)) a + K P w)
+                      + n ((K + 5/2) G m + (3/4 K + 4) M w + 3/2 K (E + I) w)
 
-    with, of W, N operations and 14 for the call, I numbers read of the example and M others read or written, E of them
-    looked up in embedding tables of V numbers, and G multiplications, those of the forward pass twice, but once where
-    the example is a factor, which has no derivative. A jvp pushes the example and K vectors through the forward pass. A
-    gradient takes a forward and a backward pass, and P numbers that are written, and read again for K products. A
-    double-vjp takes these two passes for all examples of a chunk, and then a pass for each vector; it calls a kernel in
-    a tenth of the time, but calls it for each vector anew. Each reads all vectors for each chunk. For a jvp the tables
-    of all vectors are copied, to look up rows in all of them at once, and so is the example; a double-vjp reads the
-    rows, but adds up gradients of theirs, in one as large as the parameters.
+    with c chunks and, of W, N operations, B of them matrix products, I numbers read of the example, M others read or
+    written and 50 more, E of them looked up in embedding tables of V numbers, and G multiplications, those of the
+    forward pass twice, but once where the example is a factor, which has no derivative. A share h of what a chunk holds
+    does not fit into the cache: of K tangents for jvp, of gradients for gradients.
 
-    Three constants are of the type of device, see `MACHINES`: a to call a kernel through `torch.func`, m for a
-    multiplication, w for a number moved. What is chosen depends on their ratios alone, and little on those: where it
-    would, times are alike. The numbers in the formula were fitted to
-    measured times, those of a grid among them. In 616 cases, 256 of them of models without a part in that, it chose the
-    fastest in 89%, one within 5% of it in 93%, none that took more than 1.3 times as long, and the times were off by a
-    factor of 1.2 in the median: `python -m benchmarks.scoring`, of which two runs agree in 88 to 96% of the cases on
-    which method is the fastest.
+    A jvp pushes the example and K vectors through the forward pass; the tables of all vectors are copied for each
+    chunk, to look up rows in all of them at once, and so is the example. A gradient takes a forward and a backward
+    pass, of several kernels a product, and P numbers that are written, and read again for K products. A double-vjp
+    builds the graph of these two passes for all examples of a chunk, which a pass for each vector then goes through; it
+    calls a kernel in a fraction of the time, but calls it for each vector anew.
+
+    Four constants are of the type of device, see `MACHINES`: a to call a kernel through `torch.func`, m for a
+    multiplication, w for a number moved, and what a cache holds. What is chosen depends on the ratios of the first
+    three, and little on those: where it would, times are alike. The numbers in the formula were fitted to measured
+    times of a grid of models.
 
     A chunk holds no more than `numbers`, or as much as the vectors do, which are there anyway. For an example, what the
     forward pass writes is counted, and its largest tensor once more: K times for jvp, with two gradients besides for
@@ -170,31 +179,37 @@ def plan_scoring(
         raise ValueError("`plan_scoring(methods=...)` must name a method, got none.")
     for method in methods:
         checks.one_of("plan_scoring", "methods", method, METHODS)
-    a, m, w = MACHINES.get(device, MACHINES["cuda"])
+    a, m, w, cache = MACHINES.get(device, MACHINES["cuda"])
     n, K, P = examples, vectors, parameters
-    N, V, E, I = work.operations + OF_THE_CALL, work.tables, work.looked_up, work.inputs  # noqa: E741
-    M, G = work.read + work.written - I, 2 * work.multiplications - work.input_multiplications
+    N, B, V, E, I = work.operations, work.products, work.tables, work.looked_up, work.inputs  # noqa: E741
+    M, G = work.read + work.written - I + OF_A_ROW, 2 * work.multiplications - work.input_multiplications
     most = max(numbers or NUMBERS_AT_ONCE.get(device, NUMBERS_AT_ONCE["cuda"]), K * P)
     passed = max(1, work.written + work.largest)
     held = {"jvp": K * passed, "per-example-gradients": 2 * P + passed, "double-vjp": 4 * passed}
     chunks = {method: -(-n // max(1, most // numbers_of_one)) for method, numbers_of_one in held.items()}
+    sizes = {method: -(-n // count) for method, count in chunks.items()}
+
+    def h(held: int) -> float:
+        return max(0.0, 1 - cache / max(1, held))
+
+    of_tangents, of_gradients = h(sizes["jvp"] * K * passed), h(sizes["per-example-gradients"] * P)
     of_chunk = {
-        "jvp": N * a + K * (P + V) * w,
-        "per-example-gradients": N * a + K * P * w,
-        "double-vjp": (K + 8) * N * a / 10 + K * (P - V) * w + 5 * P * w,
+        "jvp": (N + 2 * B + 10) * a + 5 / 2 * K * V * w,
+        "per-example-gradients": (N / 4 + 10 * B + 14) * a + 3 / 4 * K * P * w,
+        "double-vjp": (2 / 3 * N + 10 + K * (N / 15 + 3 / 2 * B)) * a + K * P * w,
     }
     of_one = {
-        "jvp": (K + 1) * (G * m + M * w) + 2 * K * E * w + (K / 2 + 4) * I * w,
-        "per-example-gradients": G * m + 7 / 4 * (M + I) * w + P * (K * m + 5 / 2 * w),
-        "double-vjp": (K + 2) * (G * m + M * w) + 4 * E * w + (K + 1) * I * w,
+        "jvp": (K + 1) * (G * m + M * w) + (2 * of_tangents * K * M + 3 / 2 * K * E + 2 / 3 * (K + 6) * I) * w,
+        "per-example-gradients": G * m + (5 / 2 * M + 5 / 2 * (1 + of_gradients) * P) * w + 2 / 3 * K * P * m,
+        "double-vjp": (K + 5 / 2) * G * m + ((3 / 4 * K + 4) * M + 3 / 2 * K * (E + I)) * w,
     }
     seconds = {method: chunks[method] * of_chunk[method] + n * of_one[method] for method in methods}
     fastest = min(seconds, key=lambda method: seconds[method])
-    return ScoringPlan(fastest, {method: -(-n // chunks[method]) for method in methods}, seconds)
+    return ScoringPlan(fastest, {method: sizes[method] for method in methods}, seconds)
 
 
-OF_THE_CALL = 14
-"""What a call costs beside the operations of the loss, in operations."""
+OF_A_ROW = 50
+"""What an example costs in every pass beside the numbers that it reads and writes, in numbers."""
 
 
 class _Counter(TorchDispatchMode):
@@ -205,6 +220,8 @@ class _Counter(TorchDispatchMode):
         self.counts: dict[str, int] = dict.fromkeys(ForwardWork._fields, 0)
         self.parameters = {_memory(p) for p in params.values()}
         self.example = {_memory(t) for t in pytree.tree_leaves(example) if isinstance(t, Tensor)} - {None}
+        self.of_example = self.example | {None}
+        self.kept: list[Tensor] = []
         self.formulas = _formulas()
 
     def work(self) -> ForwardWork:
@@ -215,23 +232,29 @@ class _Counter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if getattr(func, "is_view", False):
+        packet = getattr(func, "overloadpacket", None)
+        if getattr(func, "is_view", False) or packet is torch.ops.aten._unsafe_view:
             return out
         counts = self.counts
         read = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        of_example = [t for t in read if _memory(t) in self.example]
-        written = [t.numel() for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
+        written = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
+        self.kept += written  # no other tensor takes their memory
         counts["operations"] += 1
+        if self.of_example.isdisjoint(map(_memory, read)):
+            return out
+        self.of_example |= {_memory(t) for t in written}
+        inputs = [t.numel() for t in read if _memory(t) in self.example]
+        sizes = [t.numel() for t in written]
         counts["read"] += sum(t.numel() for t in read if _memory(t) not in self.parameters)
-        counts["inputs"] += sum(t.numel() for t in of_example)
-        counts["written"] += sum(written)
-        counts["largest"] = max(counts["largest"], *written, 0)
-        packet = getattr(func, "overloadpacket", None)
+        counts["inputs"] += sum(inputs)
+        counts["written"] += sum(sizes)
+        counts["largest"] = max(counts["largest"], *sizes, 0)
         formula = self.formulas.get(packet)
         if formula is not None:
             multiplications = int(formula(*args, **(kwargs or {}), out_val=out)) // 2
+            counts["products"] += 1
             counts["multiplications"] += multiplications
-            counts["input_multiplications"] += multiplications if of_example else 0
+            counts["input_multiplications"] += multiplications if inputs else 0
         if packet is torch.ops.aten.embedding:
             counts["tables"] += args[0].numel()
             counts["looked_up"] += out.numel()

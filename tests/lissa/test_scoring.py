@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from lissa import influence_scores, per_example_gradients
-from lissa.scoring import METHODS, NUMBERS_AT_ONCE, ForwardWork, forward_work, plan_scoring
+from lissa.scoring import MACHINES, METHODS, NUMBERS_AT_ONCE, ForwardWork, Machine, forward_work, plan_scoring
 
 
 def example_losses(params, batch):
@@ -17,6 +17,7 @@ def test_the_work_of_an_example():
     params = {"w": torch.ones(5, 4), "u": torch.ones(4, 3)}
     work = forward_work(example_losses, params, (torch.ones(1, 5), torch.zeros(1, dtype=torch.long)))
     assert work.multiplications == 5 * 4 + 4 * 3
+    assert work.products == 2
     assert work.largest == 4
     assert work.tables == 0
     # Two products, tanh, log-softmax and the loss of each example, with the weight that torch's kernel also returns.
@@ -42,11 +43,20 @@ def test_the_work_of_an_embedding_is_in_its_table():
 def test_the_work_of_products_with_vectors():
     params = {"A": torch.ones(5, 4), "b": torch.ones(4), "c": torch.ones(5)}
     products = [
-        lambda p, x: (p["A"] @ p["b"])[:1],
-        lambda p, x: torch.addmv(p["c"], p["A"], p["b"])[:1],
-        lambda p, x: torch.dot(p["b"], p["b"]).reshape(1),
+        lambda p, x: (p["A"] @ x[0])[:1],
+        lambda p, x: torch.addmv(p["c"], p["A"], x[0])[:1],
+        lambda p, x: torch.dot(p["b"], x[0]).reshape(1),
     ]
-    assert [forward_work(f, params, torch.ones(1)).multiplications for f in products] == [20, 20, 4]
+    works = [forward_work(f, params, torch.ones(1, 4)) for f in products]
+    assert [(work.multiplications, work.products) for work in works] == [(20, 1), (20, 1), (4, 1)]
+
+
+def test_what_is_computed_of_the_parameters_alone_is_no_work_of_an_example():
+    params = {"w": torch.ones(5, 4), "u": torch.ones(4, 3)}
+    work = forward_work(lambda p, x: (x @ (2 * (p["w"] @ p["u"]))).sum(1), params, torch.ones(1, 5))
+    assert work.operations == 4
+    assert (work.products, work.multiplications) == (1, 5 * 3)
+    assert (work.read, work.written, work.largest) == (5 + 5 * 3 + 3, 3 + 1, 3)
 
 
 def test_what_is_read_of_the_example_is_counted_inside_vmap_too():
@@ -55,6 +65,14 @@ def test_what_is_read_of_the_example_is_counted_inside_vmap_too():
 
     work = forward_work(of_rows, {"w": torch.ones(5, 4)}, torch.ones(1, 5))
     assert (work.inputs, work.input_multiplications) == (5, 20)
+
+
+def test_a_view_is_no_operation_even_where_torch_calls_it_unsafe():
+    def loss(params, x):
+        return torch.ops.aten._unsafe_view((x @ params["w"]).view(2, 2), (1, 4)).sum(1)
+
+    work = forward_work(loss, {"w": torch.ones(5, 4)}, torch.ones(1, 5))
+    assert (work.operations, work.written) == (2, 4 + 1)
 
 
 def test_counting_neither_differentiates_nor_draws():
@@ -75,6 +93,7 @@ WORK = ForwardWork(
     looked_up=30,
     inputs=200,
     input_multiplications=4_000,
+    products=3,
 )
 
 
@@ -106,6 +125,7 @@ def test_many_vectors_and_long_sequences_favour_gradients_and_many_parameters_th
             written=1_000 * times_as_long,
             largest=500 * times_as_long,
             tables=tables,
+            products=3,
         )
         return plan_scoring(work, examples=examples, vectors=vectors, parameters=parameters, methods=methods).method
 
@@ -127,15 +147,20 @@ def test_only_the_methods_that_are_named_are_planned():
             plan_scoring(WORK, examples=100, vectors=10, parameters=1_000, methods=methods)
 
 
-def test_the_times_are_those_of_the_formula():
-    plan = plan_scoring(WORK, examples=100, vectors=10, parameters=1_000, numbers=150_000)
-    a, m, w = 35e-6, 12.5e-12, 0.35e-9
-    call, pass_ = 24 * a, 16_000 * m + 1_800 * w
-    jvp = 10 * (call + 10 * 1_300 * w) + 100 * (11 * pass_ + 600 * w + 9 * 200 * w)  # ten chunks
-    gradients = 3 * (call + 10 * 1_000 * w)  # three
-    gradients += 100 * (16_000 * m + 3_500 * w + 10_000 * m + 2_500 * w)
-    double_vjp = 4 * (1.8 * call + 10 * 700 * w + 5_000 * w)  # four, of up to 25 examples
-    double_vjp += 100 * (12 * pass_ + 120 * w + 11 * 200 * w)
+@pytest.mark.parametrize("cache", [1_000, 10**6])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_times_are_those_of_the_formula(device, cache, monkeypatch):
+    a, m, w = 1e-3, 1e-6, 1e-7
+    monkeypatch.setitem(MACHINES, device, Machine(a, m, w, cache))
+    plan = plan_scoring(WORK, examples=100, vectors=10, parameters=1_000, device=device, numbers=150_000)
+    pass_, M = 16_000 * m + 1_850 * w, 1_850
+    # Ten chunks of ten, three of 34, four of 25.
+    jvp = 10 * (26 * a + 25 * 300 * w) + 100 * (11 * pass_ + (15 * 30 + 2 / 3 * 16 * 200) * w)
+    jvp += 100 * 2 * max(0, 1 - cache / 150_000) * 10 * M * w
+    gradients = 3 * (46.5 * a + 7_500 * w) + 100 * (16_000 * m + (2.5 * M + 2_500) * w + 2 / 3 * 10_000 * m)
+    gradients += 100 * 2_500 * max(0, 1 - cache / 34_000) * w
+    double_vjp = 4 * ((50 / 3 + 10 * (2 / 3 + 4.5)) * a + 10_000 * w)
+    double_vjp += 100 * (12.5 * 16_000 * m + 11.5 * M * w + 15 * 230 * w)
     expected = {"jvp": jvp, "per-example-gradients": gradients, "double-vjp": double_vjp}
     assert plan.seconds == pytest.approx(expected, rel=1e-9)
 
