@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.func import grad, jvp
 from torch.utils import _pytree as pytree
 
@@ -95,7 +96,7 @@ def influence_scores(
         elif torch.compiler.is_compiling():
             method = "jvp" if K <= VECTORS_UNPLANNED else "per-example-gradients"
         else:
-            methods = None if is_constant(ihvp) else DIFFERENTIABLE
+            methods = None if is_constant(ihvp) else _differentiable()
             method = scoring_plan(example_loss_fn, params, batch, K, methods=methods)
     if isinstance(method, ScoringPlan):
         if chunk_size is None:
@@ -210,9 +211,9 @@ def scoring_plan(
     )
     if methods is not None:
         return plan(methods=methods)
-    fastest = plan()
+    fastest = plan(methods=(*_differentiable(), "double-vjp"))
     if fastest.method == "double-vjp" and not _takes_double_vjp(example_loss_fn, params, example):
-        return plan(methods=DIFFERENTIABLE)
+        return plan(methods=_differentiable())
     return fastest
 
 
@@ -265,6 +266,11 @@ def _by_double_vjp(
             losses = _example_loss_of_params(example_loss_fn, part)(leaves)
         scores.append(scores_of_graph(losses, leaves, vectors))
     return torch.cat(scores, dim=-1)
+
+
+def _differentiable() -> tuple[str, ...]:
+    """Those of `DIFFERENTIABLE` that run here: torch begins no other forward mode inside `forward_ad.dual_level`."""
+    return DIFFERENTIABLE if forward_ad._current_level < 0 else ("per-example-gradients",)
 
 
 def _takes_double_vjp(example_loss_fn: ExampleLossFn, params: Params, example: Batch) -> bool:

@@ -291,6 +291,17 @@ def test_inside_a_transform_auto_leaves_double_vjp_out(monkeypatch):
             torch.testing.assert_close(score(ihvps, (x + 0, y)), expected, **CLOSE)
 
 
+def test_inside_a_dual_level_auto_leaves_jvp_out(monkeypatch):
+    prefer(monkeypatch, "jvp")
+    params, (x, y), generator = problem()
+    ihvps = stacked_vectors(params, 3, generator)
+    expected = influence_scores(example_losses, params, ihvps, (x, y), method="jvp")
+    assert scoring_plan(example_losses, params, (x, y), 3).method == "jvp"
+    with forward_ad.dual_level():
+        assert scoring_plan(example_losses, params, (x, y), 3).method != "jvp"
+        torch.testing.assert_close(influence_scores(example_losses, params, ihvps, (x, y)), expected, **CLOSE)
+
+
 def test_a_loss_without_a_second_derivative_is_scored_another_way(monkeypatch):
     prefer(monkeypatch, "double-vjp")
     table = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
