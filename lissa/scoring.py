@@ -3,7 +3,6 @@
 Counts operations of a loss by watching one forward pass. Knows sizes and costs; knows nothing of what scores are for.
 """
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -35,6 +34,7 @@ class Machine(NamedTuple):
         multiply: For a multiplication and an addition of a matrix product.
         move: To read or write a number.
         cache: Numbers beyond which they are moved more slowly.
+        backward: For a backward pass, besides: a GPU's is made by another thread, which is waited for.
     """
 
     call: float
@@ -42,14 +42,15 @@ class Machine(NamedTuple):
     multiply: float
     move: float
     cache: float
+    backward: float
 
 
 MACHINES = {
-    "cpu": Machine(call=30e-6, node=2e-6, multiply=12.5e-12, move=0.25e-9, cache=2**22),
-    "cuda": Machine(call=85e-6, node=15e-6, multiply=0.05e-12, move=0.002e-9, cache=math.inf),
+    "cpu": Machine(call=30e-6, node=2e-6, multiply=12.5e-12, move=0.25e-9, cache=2**22, backward=0.0),
+    "cuda": Machine(call=80e-6, node=12e-6, multiply=0.03e-12, move=0.0014e-9, cache=2**27, backward=0.65e-3),
 }
 """By type of device, others are taken for the last. The CPU is one core with float32, 160 GFLOP/s, 16 GB/s and 16 MiB;
-the GPU an H100 with 40 TFLOP/s and 2 TB/s. Both were fitted to measured times."""
+the GPU an H100 with 67 TFLOP/s and 3 TB/s. Both were fitted to measured times."""
 
 
 class ForwardWork(NamedTuple):
@@ -128,9 +129,9 @@ def plan_scoring(
 
         t(jvp)        = c ((N + 2 B + 10) a + 5/2 K V w)
                       + n ((K + 1) (G m + M w) + 2 h K M w + 3/2 K E w + 2/3 (K + 6) I w)
-        t(gradients)  = c ((N / 4 + 10 B + 14) a + 3/4 K P w)
+        t(gradients)  = c ((N / 4 + 10 B + 14) a + d + 3/4 K P w)
                       + n (G m + 5/2 M w + 5/2 (1 + h) P w + 2/3 K P m)
-        t(double-vjp) = c ((2/3 N + 10) a + K (N + 22 B) b + K P w)
+        t(double-vjp) = c ((2/3 N + 10) a + d + K (N + 22 B) b + K P w)
                       + n ((K + 5/2) G m + (3/4 K + 4) M w + 3/2 K (E + I) w)
 
     with c chunks and, of W, N operations, B of them matrix products, I numbers read of the example, M others read or
@@ -145,8 +146,8 @@ def plan_scoring(
     calls a kernel in a fraction of the time, but for each vector anew.
 
     The constants are of the type of device, see `MACHINES`: a to call a kernel through `torch.func`, b to go through
-    its node of a graph, m for a multiplication, w for a number moved, and what a cache holds. What is chosen depends on
-    the ratios of the first four, and little on those: where it would, times are alike.
+    its node of a graph, d for a backward pass, m for a multiplication, w for a number moved, and what a cache holds.
+    What is chosen depends on the ratios of the times, and little on those: where it would, times are alike.
 
     The numbers in the formula were fitted to the times of a grid of models. Measured anew on a busy machine, twice, it
     chose the fastest in 92% and 94% of the grid's 360 cases, one within 5% of it in 97%, and none that took more than
@@ -187,7 +188,7 @@ def plan_scoring(
         raise ValueError("`plan_scoring(methods=...)` must name a method, got none.")
     for method in methods:
         checks.one_of("plan_scoring", "methods", method, METHODS)
-    a, b, m, w, cache = MACHINES.get(device, MACHINES["cuda"])
+    a, b, m, w, cache, d = MACHINES.get(device, MACHINES["cuda"])
     n, K, P = examples, vectors, parameters
     N, B, V, E, I = work.operations, work.products, work.tables, work.looked_up, work.inputs  # noqa: E741
     M, G = work.read + work.written - I + OF_A_ROW, 2 * work.multiplications - work.input_multiplications
@@ -203,8 +204,8 @@ def plan_scoring(
     of_tangents, of_gradients = h(sizes["jvp"] * K * passed), h(sizes["per-example-gradients"] * P)
     of_chunk = {
         "jvp": (N + 2 * B + 10) * a + 5 / 2 * K * V * w,
-        "per-example-gradients": (N / 4 + 10 * B + 14) * a + 3 / 4 * K * P * w,
-        "double-vjp": (2 / 3 * N + 10) * a + K * (N + 22 * B) * b + K * P * w,
+        "per-example-gradients": (N / 4 + 10 * B + 14) * a + d + 3 / 4 * K * P * w,
+        "double-vjp": (2 / 3 * N + 10) * a + d + K * (N + 22 * B) * b + K * P * w,
     }
     of_one = {
         "jvp": (K + 1) * (G * m + M * w) + (2 * of_tangents * K * M + 3 / 2 * K * E + 2 / 3 * (K + 6) * I) * w,

@@ -150,16 +150,16 @@ def test_only_the_methods_that_are_named_are_planned():
 @pytest.mark.parametrize("cache", [1_000, 10**6])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_times_are_those_of_the_formula(device, cache, monkeypatch):
-    a, b, m, w = 1e-3, 1e-4, 1e-6, 1e-7
-    monkeypatch.setitem(MACHINES, device, Machine(a, b, m, w, cache))
+    a, b, m, w, d = 1e-3, 1e-4, 1e-6, 1e-7, 1e-2
+    monkeypatch.setitem(MACHINES, device, Machine(a, b, m, w, cache, d))
     plan = plan_scoring(WORK, examples=100, vectors=10, parameters=1_000, device=device, numbers=150_000)
     pass_, M = 16_000 * m + 1_850 * w, 1_850
     # Ten chunks of ten, three of 34, four of 25.
     jvp = 10 * (26 * a + 25 * 300 * w) + 100 * (11 * pass_ + (15 * 30 + 2 / 3 * 16 * 200) * w)
     jvp += 100 * 2 * max(0, 1 - cache / 150_000) * 10 * M * w
-    gradients = 3 * (46.5 * a + 7_500 * w) + 100 * (16_000 * m + (2.5 * M + 2_500) * w + 2 / 3 * 10_000 * m)
+    gradients = 3 * (46.5 * a + d + 7_500 * w) + 100 * (16_000 * m + (2.5 * M + 2_500) * w + 2 / 3 * 10_000 * m)
     gradients += 100 * 2_500 * max(0, 1 - cache / 34_000) * w
-    double_vjp = 4 * (50 / 3 * a + 10 * 76 * b + 10_000 * w)
+    double_vjp = 4 * (50 / 3 * a + d + 10 * 76 * b + 10_000 * w)
     double_vjp += 100 * (12.5 * 16_000 * m + 11.5 * M * w + 15 * 230 * w)
     expected = {"jvp": jvp, "per-example-gradients": gradients, "double-vjp": double_vjp}
     assert plan.seconds == pytest.approx(expected, rel=1e-9)
