@@ -335,7 +335,7 @@ class InfluenceInterpreter(FromArchive):
     # ------------------------------------------------------------------ how it is done
 
     def _ranked(self, call: str, test_instances: Iterable[Any], k: int, *, of: Sequence[str]) -> list[BothEnds]:
-        """Both ends, of which those not asked for are empty: their losses cost as much as those of the others."""
+        """Both ends, of which those not asked for are empty."""
         checks.count(call, "k", k, at_least=0)
         tests = self._listed(call, test_instances)
         if not len(tests):
@@ -343,11 +343,10 @@ class InfluenceInterpreter(FromArchive):
         with self._session() as session, self._recorded(session, call, tests, k=k) as record:
             test_losses: list[float] = []
             ends: dict[str, list[list[tuple[int, float]]]] = {"helpful": [], "harmful": []}
-            for losses, ranking in self._scored(session, tests, TopK(k), record):
+            for losses, ranking in self._scored(session, tests, TopK(k, of), record):
                 test_losses += losses.tolist()
                 for end, rows in ends.items():
-                    found = _pairs(ranking[f"{end}_indices"], ranking[f"{end}_scores"])
-                    rows += found if end in of else [[] for _ in found]
+                    rows += _pairs(ranking[f"{end}_indices"], ranking[f"{end}_scores"])
             ranked = {i for rows in ends.values() for row in rows for i, _ in row}
             train_losses = self._train_losses(session, sorted(ranked))
 

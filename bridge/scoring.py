@@ -13,6 +13,7 @@ from torch import Tensor
 from bridge.checkpoint import Record
 from bridge.distributed import Ranks
 from lissa import Ranking, ranking_init, ranking_update
+from lissa.ranking import ENDS
 
 Reduced = dict[str, Any]
 """What a reduction has made of the scores so far: tensors, or lists of them, by name; empty at first."""
@@ -37,7 +38,7 @@ class Reduction(Protocol):
 
 
 class TopK(NamedTuple):
-    """The k largest and the k smallest scores, equal ones in order of index.
+    """The k largest and the k smallest scores, or those of one end; equal ones in order of index.
 
     Example:
         >>> top = TopK(1)
@@ -47,18 +48,20 @@ class TopK(NamedTuple):
     """
 
     k: int
+    ends: Sequence[str] = ENDS
 
     def fold(self, so_far: Reduced, indices: Sequence[int], scores: Tensor) -> Reduced:
         """See `Reduction`; the indices of successive calls rise."""
         ranking = Ranking(**so_far) if so_far else ranking_init(scores, self.k)
-        return ranking_update(ranking, scores, torch.tensor(indices, device=scores.device), k=self.k)._asdict()
+        indices_of = torch.tensor(indices, device=scores.device)
+        return ranking_update(ranking, scores, indices_of, k=self.k, ends=self.ends)._asdict()
 
     def join(self, parts: list[Reduced]) -> Reduced:
         """See `Reduction`."""
         parts = [part for part in parts if part]
         if len(parts) < 2:
             return parts[0] if parts else {}
-        ends = [self._best(parts, end, descending=end == "helpful") for end in ("helpful", "harmful")]
+        ends = [self._best(parts, end, descending=end == "helpful") for end in ENDS]
         return {name: t for end in ends for name, t in end.items()}
 
     def _best(self, parts: list[Reduced], end: str, *, descending: bool) -> Reduced:

@@ -3,12 +3,15 @@
 Knows scores and indices; knows nothing of where they come from.
 """
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lissa import checks
+from lissa import checks, host
+
+ENDS = ("helpful", "harmful")
 
 
 class Ranking(NamedTuple):
@@ -34,7 +37,9 @@ def ranking_init(scores: Tensor, k: int) -> Ranking:
     return Ranking(none, none.long(), none, none.long())
 
 
-def ranking_update(ranking: Ranking, scores: Tensor, indices: Tensor, *, k: int) -> Ranking:
+def ranking_update(
+    ranking: Ranking, scores: Tensor, indices: Tensor, *, k: int, ends: Collection[str] = ENDS
+) -> Ranking:
     """The k largest and k smallest of those ranked so far and `scores`.
 
     The result does not depend on how the examples are cut into batches: equal scores are ranked in order of arrival.
@@ -44,6 +49,7 @@ def ranking_update(ranking: Ranking, scores: Tensor, indices: Tensor, *, k: int)
         scores: New scores, shape `(*K, B)`, without NaN.
         indices: Which examples they belong to, shape `(B,)`.
         k: How many to keep at each end; fewer are kept while fewer were seen.
+        ends: Which of `"helpful"` and `"harmful"` are of interest; the other end stays as it is.
 
     Returns:
         The new ranking.
@@ -62,22 +68,32 @@ def ranking_update(ranking: Ranking, scores: Tensor, indices: Tensor, *, k: int)
         )
     indices = indices.expand(scores.shape)
 
-    def best(old_scores: Tensor, old_indices: Tensor, descending: bool) -> tuple[Tensor, Tensor]:
-        all_scores = torch.cat([old_scores, scores], -1)
-        all_indices = torch.cat([old_indices, indices], -1)
-        if all_scores.shape[-1] > SORTED_WHOLE * k > 0:
-            all_scores, all_indices = _first_best(all_scores, all_indices, k, descending)
-        ranked, order = all_scores.sort(dim=-1, descending=descending, stable=True)
-        return ranked[..., :k], all_indices.gather(-1, order)[..., :k]
+    def best(end: str) -> dict[str, Tensor]:
+        known = {what: getattr(ranking, f"{end}_{what}") for what in ("scores", "indices")}
+        both = known["scores"], known["indices"], scores, indices
+        ranked = _best(*both, k, descending=end == "helpful") if end in ends else known.values()
+        return {f"{end}_{what}": t for what, t in zip(known, ranked, strict=True)}
 
-    return Ranking(
-        *best(ranking.helpful_scores, ranking.helpful_indices, descending=True),
-        *best(ranking.harmful_scores, ranking.harmful_indices, descending=False),
-    )
+    return Ranking(**best("helpful"), **best("harmful"))
 
 
 SORTED_WHOLE = 4
 """Rows of up to this many times k scores are sorted as they are; of longer ones the k best are picked out first."""
+
+
+def _best(
+    old_scores: Tensor, old_indices: Tensor, scores: Tensor, indices: Tensor, k: int, *, descending: bool
+) -> tuple[Tensor, Tensor]:
+    """The k best of both, sorted, equal ones in order of arrival."""
+    if old_scores.shape[-1]:
+        scores, indices = torch.cat([old_scores, scores], -1), torch.cat([old_indices, indices], -1)
+    if scores.shape[-1] > SORTED_WHOLE * k > 0:
+        top, order = scores.topk(k + 1, dim=-1, largest=descending, sorted=True)
+        if not host.any_true(top[..., 1:] == top[..., :-1]):  # no ties, among them or with what follows
+            return top[..., :k], indices.gather(-1, order[..., :k])
+        scores, indices = _first_best(scores, indices, k, descending)
+    ranked, order = scores.sort(dim=-1, descending=descending, stable=True)
+    return ranked[..., :k], indices.gather(-1, order)[..., :k]
 
 
 def _first_best(scores: Tensor, indices: Tensor, k: int, descending: bool) -> tuple[Tensor, Tensor]:

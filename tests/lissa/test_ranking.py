@@ -32,3 +32,21 @@ def test_ranking_keeps_dtype_and_needs_no_leading_dimension():
     assert ranking.helpful_scores.dtype == torch.float32
     assert ranking.helpful_indices.tolist() == [11, 12]
     assert ranking.harmful_indices.tolist() == [10, 12]
+
+
+def test_scores_without_ties_are_ranked_as_sorting_does_and_one_end_alone_too():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(3, 200, dtype=torch.float64, generator=generator)
+    scores[1, 7] = scores[1].max()  # one row with a tie among its best
+    for some in (scores[:1], scores):
+        whole = alone = ranking_init(some, 5)
+        for start in (0, 120):
+            indices = torch.arange(200)[start : start + 120]
+            whole = ranking_update(whole, some[:, start : start + 120], indices, k=5)
+            alone = ranking_update(alone, some[:, start : start + 120], indices, k=5, ends=("harmful",))
+        for descending, end in ((True, "helpful"), (False, "harmful")):
+            ranked, order = some.sort(dim=1, descending=descending, stable=True)
+            assert torch.equal(getattr(whole, f"{end}_scores"), ranked[:, :5])
+            assert torch.equal(getattr(whole, f"{end}_indices"), order[:, :5])
+        assert torch.equal(alone.harmful_indices, whole.harmful_indices)
+        assert alone.helpful_indices.shape == (len(some), 0)
