@@ -327,15 +327,15 @@ def grouped(items: Iterable[tuple[Hashable, T]], size: int) -> Iterator[list[T]]
         [[1, 3], [2], [4]]
     """
     groups: dict[Hashable, list[T]] = {}
-    waiting = 0
+    waiting, most_waiting = 0, _MOST_WAITING * size
     for key, item in items:
         group = groups.setdefault(key, [])
         group.append(item)
         waiting += 1
-        full = [key] if len(group) == size else list(groups) if waiting >= _MOST_WAITING * size else []
-        for done in full:
-            waiting -= len(groups[done])
-            yield groups.pop(done)
+        if len(group) == size or waiting >= most_waiting:
+            for done in [key] if len(group) == size else list(groups):
+                waiting -= len(groups[done])
+                yield groups.pop(done)
     yield from groups.values()
 
 

@@ -63,6 +63,7 @@ class Rows(Sequence[Any]):
         self._gathered: Batch = None
         self._held = range(0)
         self._of_fields: dict[type, bool] = {}
+        self._latest: tuple[Any, tuple[Any, ...]] = (None, ())
 
     def __len__(self) -> int:
         return len(self._instances)
@@ -204,13 +205,24 @@ class Rows(Sequence[Any]):
             return likeness_of_leaves(instance)
         if self._vocab is not None:
             instance.index_fields(self._vocab)
-        return likeness_of_fields(instance)
+        fields = instance.fields
+        found = [*fields], [*map(type, fields.values())], instance.get_padding_lengths()
+        if found != self._latest[0]:  # most often an instance is like the one before
+            self._latest = found, likeness_of_fields(*found)
+        return self._latest[1]
 
 
-def likeness_of_fields(instance: Instance) -> tuple[Any, ...]:
-    """What indexed instances must share so that a batch of them holds each as it is alone, with nothing padded."""
-    lengths = instance.get_padding_lengths()
-    return tuple((name, type(field), *sorted(lengths[name].items())) for name, field in instance.fields.items())
+def likeness_of_fields(
+    names: Sequence[str], kinds: Sequence[type], lengths: dict[str, dict[str, int]]
+) -> tuple[Any, ...]:
+    """What indexed instances must share so that a batch of them holds each as it is alone, with nothing padded.
+
+    Args:
+        names: Of the fields.
+        kinds: Their types.
+        lengths: Their padding lengths, by name.
+    """
+    return tuple((name, kind, *sorted(lengths[name].items())) for name, kind in zip(names, kinds, strict=True))
 
 
 def likeness_of_leaves(instance: Any) -> tuple[Any, ...]:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
-from bridge.data import collate
+from bridge.data import collate, collate_alike
 from bridge.rows import CHUNK, Rows, are_rows, likeness_of_fields
 from tests.bridge.fakes import BagOfWords, Instance, Reader, TextField, pairs, sentences, text_instance
 
@@ -114,8 +114,18 @@ def test_likeness_of_texts_is_their_length():
     long, short = (Instance({"text": TextField(text)}) for text in ("good film", "good"))
     for instance in (long, short):
         instance.index_fields(vocab)
-    assert likeness_of_fields(long) != likeness_of_fields(short)
-    assert likeness_of_fields(long) == likeness_of_fields(long)
+    rows = Rows([long, short, long], collate_alike, CPU)
+    likeness = [rows._likeness(instance) for instance in (long, short, long)]
+    assert likeness[0] == likeness[2] != likeness[1]
+
+
+def test_likeness_tells_fields_apart_by_name_kind_and_length():
+    lengths = {"a": {"x": 1, "y": 2}, "b": {"x": 1}}
+    alike = likeness_of_fields(["a", "b"], [int, str], lengths)
+    assert alike == likeness_of_fields(["a", "b"], [int, str], {"b": {"x": 1}, "a": {"y": 2, "x": 1}})
+    assert alike != likeness_of_fields(["a", "b"], [int, int], lengths)
+    assert alike != likeness_of_fields(["b", "a"], [int, str], lengths)
+    assert alike != likeness_of_fields(["a", "b"], [int, str], {**lengths, "b": {"x": 2}})
 
 
 def test_what_are_rows():
