@@ -283,7 +283,7 @@ def network_of(ranks: Ranks, otherwise: Network) -> Network:
 def _step_seconds(session: Session, train: Rows, vectors: Params, rows: list[int], steps_of_run: int) -> float:
     """Of one step, as the difference of two runs, so that what a run begins and ends with does not count."""
     alike = steps_of_run if train.gathered else 0
-    solve = strategies.inverse_products(session.model, 1.0, 1e6, steps_alike=alike)  # which numbers does not matter
+    solve = recursion.inverse_products(session.model, 1.0, 1e6, steps_alike=alike)  # which numbers does not matter
 
     def steps(count: int) -> None:
         solve(vectors, lambda: (session.batch(train, indices) for indices in repeat(rows, count)))

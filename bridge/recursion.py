@@ -3,13 +3,15 @@
 Knows runs, batches of instances and K stacked right-hand sides; knows nothing of what a solution is for.
 """
 
+import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from bridge import measurements, progress, strategies
 from bridge.checkpoint import Record
@@ -18,7 +20,18 @@ from bridge.functional import Functional
 from bridge.rows import Rows
 from bridge.session import Session
 from bridge.solving import Choice, joined_solutions, plain
-from lissa import LissaRun, LissaState, Params, Solution, Status, solve_lissa_stacked, tree
+from lissa import (
+    Batch,
+    LissaRun,
+    LissaState,
+    Params,
+    Solution,
+    Status,
+    solve_lissa_last_layer,
+    solve_lissa_stacked,
+    tree,
+)
+from lissa.output_recursion import most_rows
 
 Run = list[list[int]]
 """The batches of one run, each the indices of its instances."""
@@ -47,7 +60,7 @@ def solver(
     """
     stepping = session if model is None else replace(session, model=model)
     steps_alike = choice.steps if session.rows(train).gathered else 0
-    at_once = strategies.inverse_products(stepping.model, choice.damping, choice.scale, steps_alike=steps_alike)
+    at_once = inverse_products(stepping.model, choice.damping, choice.scale, steps_alike=steps_alike)
     in_pieces = _in_pieces(stepping, train, choice, ranks)
     at_work: list[int] = []
 
@@ -73,11 +86,64 @@ def solver(
     return solve
 
 
+def inverse_products(
+    model: Functional, damping: float, scale: float, *, steps_alike: int = 0
+) -> Callable[[Params, Callable[[], Iterable[Batch]]], Solution]:
+    """See `strategies.inverse_products`: where parameters are those of a last layer, in the space of its outputs."""
+    solve = strategies.inverse_products(model, damping, scale, steps_alike=steps_alike)
+    layer = model.last_layer
+    if layer is None:
+        return solve
+    inputs = 1 if layer.weight is None else model.params[layer.weight].shape[1]
+    outputs = len(next(iter(model.params.values())))
+    held = max(tree.numel(model.params), 4 * most_rows(inputs) * outputs)  # for a right-hand side, in a stretch
+    most = strategies.stack_limit(model)
+    if model.device.type == "cpu":
+        most = min(most, strategies.CACHE_BYTES // strategies.itemsize(model))
+    at_once = max(1, most // held)
+
+    def in_outputs(vectors: Params, make: Callable[[], Iterable[Batch]]) -> Solution:
+        try:
+            return solve_lissa_last_layer(
+                layer, vectors, make(), damping=damping, scale=scale, at_once=at_once, throw=False
+            )
+        except (RuntimeError, MemoryError) as error:
+            if not strategies.is_out_of_memory(error):
+                raise
+            return solve(vectors, make)  # for fewer and fewer at a time
+
+    return in_outputs
+
+
 def _batches(session: Session, train: Rows, run: Run, at_work: list[int]) -> Iterator[Any]:
     """The batches of a run; `at_work` holds the indices of the latest, so that an error can be traced to it."""
-    for indices in progress.bar(run, description="LiSSA", show=session.show):
+    rows = session.rows(train)
+    together: list[Any] = []
+    for step, indices in enumerate(progress.bar(run, description="LiSSA", show=session.show)):
         at_work[:] = indices
-        yield session.batch(train, indices)
+        if not rows.gathered:
+            yield rows.batch(indices)
+            continue
+        if not together:
+            some = run[step : step + max(1, TOGETHER // len(indices))]
+            together = parts_of(rows.batch(itertools.chain(*some)), [len(each) for each in some])[::-1]
+        yield together.pop()
+
+
+TOGETHER = 512
+"""Instances that are taken from those gathered at once, for several steps."""
+
+
+def parts_of(batch: Any, sizes: list[int]) -> list[Any]:
+    """A batch of rows as several of these sizes, views of it.
+
+    Example:
+        >>> parts_of({"x": torch.arange(3)}, [2, 1])
+        [{'x': tensor([0, 1])}, {'x': tensor([2])}]
+    """
+    leaves, structure = pytree.tree_flatten(batch)
+    parts = zip(*(leaf.split(sizes) for leaf in leaves), strict=True)
+    return [pytree.tree_unflatten(part, structure) for part in parts]
 
 
 # ---------------------------------------------------------------------- by several processes, or with a record

@@ -86,7 +86,7 @@ class LastLayer(NamedTuple):
 
     def __call__(self, batch: Expansion, vectors: Params) -> Params:
         """`H v_k = mean_i (D_i V_k a_i) a_i^T` for K stacked vectors, as `stacked_hvp` of the mean loss."""
-        pushed = self._pushed(batch.inputs, vectors).unflatten(1, (-1, batch.gradients.shape[1]))
+        pushed = self.outputs(batch.inputs, vectors).unflatten(1, (-1, batch.gradients.shape[1]))
         return self._pulled(batch.inputs, torch.bmm(pushed, batch.hessians / len(batch.losses)))  # D is symmetric
 
     def advance(self, batches: Sequence[Expansion], h: Params, v: Params, *, decay: float, rate: float) -> None:
@@ -119,9 +119,8 @@ class LastLayer(NamedTuple):
 
         D = torch.cat([batch.hessians for batch in batches])
         D = D * of_rows(1 / (power * size) for power, size in zip(powers[1:], sizes, strict=True))[:, None, None]
-        gram = a.new_zeros(()) if self.weight is None else a @ a.mT
-        gram = (gram if self.bias is None else gram + 1).expand(len(a), len(a))
-        z = self._pushed(a, h) * of_rows(powers[:-1])[:, None] + self._pushed(a, v) * of_rows(sums[:-1])[:, None]
+        gram = self.gram(a)
+        z = self.outputs(a, h) * of_rows(powers[:-1])[:, None] + self.outputs(a, v) * of_rows(sums[:-1])[:, None]
         y = torch.empty_like(z)
         start = 0
         for size, power in zip(sizes, powers[:-1], strict=True):
@@ -147,8 +146,13 @@ class LastLayer(NamedTuple):
 
     def scores(self, batch: Expansion, vectors: Params) -> Tensor:
         """`grad_i . v_k = g_i . V_k a_i` of each example for K stacked vectors, shape `(K, B)`."""
-        pushed = self._pushed(batch.inputs, vectors).unflatten(1, (-1, batch.gradients.shape[1]))
-        return torch.bmm(pushed, batch.gradients.unsqueeze(2)).squeeze(2).mT
+        g = batch.gradients
+        if self.weight is None:
+            scores = g.new_zeros(len(g), len(next(iter(vectors.values()))))
+        else:
+            pushed = (batch.inputs @ vectors[self.weight].flatten(0, 1).mT).unflatten(1, (-1, g.shape[1]))
+            scores = torch.bmm(pushed, g.unsqueeze(2)).squeeze(2)
+        return scores.mT if self.bias is None else (scores.addmm_(g, vectors[self.bias].mT)).mT
 
     def loss_fn(self, at: Params) -> LossFn:
         """`loss_fn(params, batch) -> ()`: the mean of `losses_i + g_i . d_i + d_i . D_i d_i / 2`.
@@ -160,16 +164,23 @@ class LastLayer(NamedTuple):
         """
 
         def expanded(params: Params, batch: Expansion) -> Tensor:
-            d = self._pushed(batch.inputs, {k: (params[k] - at[k]).unsqueeze(0) for k in at})
+            d = self.outputs(batch.inputs, {k: (params[k] - at[k]).unsqueeze(0) for k in at})
             second = (torch.bmm(d.unsqueeze(1), batch.hessians).squeeze(1) * d).sum(1) / 2
             return (batch.losses + (batch.gradients * d).sum(1) + second).mean()
 
         return expanded
 
-    def _pushed(self, inputs: Tensor, vectors: Params) -> Tensor:
-        """`V_k a_i + c_k`, shape `(B, K m)`."""
-        pushed = inputs.new_zeros(()) if self.weight is None else inputs @ vectors[self.weight].flatten(0, 1).mT
-        return pushed if self.bias is None else (pushed + vectors[self.bias].flatten()).expand(len(inputs), -1)
+    def outputs(self, inputs: Tensor, vectors: Params) -> Tensor:
+        """`V_k a_i + c_k` of K stacked vectors, shape `(B, K m)`."""
+        if self.weight is None:
+            return next(iter(vectors.values())).flatten().expand(len(inputs), -1)
+        V = vectors[self.weight].flatten(0, 1)
+        return inputs @ V.mT if self.bias is None else torch.addmm(vectors[self.bias].flatten(), inputs, V.mT)
+
+    def gram(self, inputs: Tensor) -> Tensor:
+        """`<x_i, x_j>` of what one output adds to a product for each pair of inputs, shape `(B, B)`."""
+        gram = inputs.new_zeros(len(inputs), len(inputs)) if self.weight is None else inputs @ inputs.mT
+        return gram if self.bias is None else gram.add_(1)
 
     def _pulled(self, inputs: Tensor, y: Tensor) -> Params:
         """`sum_i y_ik a_i^T` and `sum_i y_ik` of `y` of shape `(B, K, m)`."""
