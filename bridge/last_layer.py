@@ -4,6 +4,7 @@ Each instance then goes through the model once a call, however often it is multi
 rows of instances; what can be done with an expansion is `lissa.last_layer`'s affair.
 """
 
+import itertools
 import logging
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from bridge.functional import Functional, loss_and_gradient
+from bridge.functional import Functional
 from bridge.row_losses import NoRowLossesError, row_losses
 from bridge.rows import Rows, are_rows
-from lissa import Batch, Expansion, LastLayer, expansion_of_graph, stacked_hvp, take, tree
+from lissa import Batch, Expansion, LastLayer, Params, expansion_of_graph, tree
+from lissa.host import to_device
+from lissa.hvp import gradient_of_graph, pull_back
 from lissa.stacked import norms
 
 logger = logging.getLogger(__name__)
@@ -79,9 +82,8 @@ def _agrees(model: Functional, last_layer: LastLayer, rows: "ExpandedRows", trai
     if not chosen:
         return True
     try:
-        batch, together = rows.batch(chosen), train.batch(chosen)
-        gradient = tree.map(lambda t: t.unsqueeze(0), loss_and_gradient(model.loss_fn, model.params, together)[1])
-        product = stacked_hvp(model.loss_fn, model.params, together, gradient)
+        batch = rows.batch(chosen)
+        gradient, product = _gradient_and_product(model, train.batch(chosen))
     except Exception as error:  # a model that cannot be expanded, or an instance that will be named by whoever needs it
         logger.info("Going without expansions of the last layer: %s", error)
         return False
@@ -91,6 +93,17 @@ def _agrees(model: Functional, last_layer: LastLayer, rows: "ExpandedRows", trai
             logger.info("Going without expansions of the last layer: the model's derivatives are others.")
             return False
     return True
+
+
+def _gradient_and_product(model: Functional, batch: Batch) -> tuple[Params, Params]:
+    """`g = grad L` and `H g`, each stacked alone, from one graph. Of a random loss neither is what it is elsewhere."""
+    leaves = tree.map(lambda p: p.detach().requires_grad_(), model.params)
+    with torch.enable_grad():
+        graph = gradient_of_graph(model.loss_fn(leaves, batch), tuple(leaves.values()))
+    gradient = tuple(g.detach() for g in graph)
+    product = pull_back(graph, tuple(leaves.values()), gradient, retain_graph=False)
+    stacked = [{k: t.unsqueeze(0) for k, t in zip(leaves, found, strict=True)} for found in (gradient, product)]
+    return stacked[0], stacked[1]
 
 
 class Expander:
@@ -161,6 +174,12 @@ class ExpandedRows(Rows):
         found = self._expanded(chosen)
         return found if chosen == indices else _taken(found, [bisect_left(chosen, i) for i in indices])
 
+    def held_losses(self, indices: list[int]) -> Tensor | None:
+        """The losses of the instances `indices`, if these are among those gathered."""
+        if not indices or not self._holds(indices):
+            return None
+        return self._gathered.losses[_index([i - self._held.start for i in indices], self._device)]
+
     def _expanded(self, chosen: Sequence[int]) -> Expansion:
         """Of the instances `chosen`, which rise, in groups of equal shapes."""
         whole: list[Tensor] = []
@@ -169,8 +188,10 @@ class ExpandedRows(Rows):
             if not are_rows(together, len(found)):
                 raise NoRowLossesError("A batch is not made of tensors with a row for each instance.")
             part = self._expand(together, len(found))
+            if len(found) == len(chosen):  # in their order, as nothing else was read in between
+                return part
             whole = whole or [t.new_empty(len(chosen), *t.shape[1:]) for t in part]
-            rows = torch.tensor([bisect_left(chosen, i) for i in found], device=self._device)
+            rows = _index(_places(chosen, found), self._device)
             for t, some in zip(whole, part, strict=True):
                 t[rows] = some
         return Expansion(*whole)
@@ -189,21 +210,29 @@ class ExpandedRows(Rows):
 
     def examples(self, size: int, chosen: Iterable[int] | None = None) -> Iterator[tuple[list[int], Batch]]:
         """See `Rows.examples`."""
-        waiting: list[int] = []
-        for i in range(len(self)) if chosen is None else chosen:
-            waiting.append(i)
-            if len(waiting) == size:
-                yield waiting, _as_batches_of_one(self.batch(waiting))
-                waiting = []
-        if waiting:
-            yield waiting, _as_batches_of_one(self.batch(waiting))
+        todo = iter(range(len(self)) if chosen is None else chosen)
+        while some := list(itertools.islice(todo, size)):
+            yield some, _as_batches_of_one(self.batch(some))
 
 
 def _taken(batch: Expansion, rows: list[int]) -> Expansion:
     """These rows; a view of them if they are one stretch."""
+    index = _index(rows, batch.inputs.device)
+    return Expansion(*(t[index] for t in batch))
+
+
+def _places(chosen: Sequence[int], found: Sequence[int]) -> list[int]:
+    """Where in `chosen`, which rises, those found are."""
+    start = bisect_left(chosen, found[0])
+    stretch = range(start, start + len(found))
+    return [*stretch] if [*chosen[start : stretch.stop]] == [*found] else [bisect_left(chosen, i) for i in found]
+
+
+def _index(rows: list[int], device: torch.device) -> slice | Tensor:
+    """What takes these rows: a slice if they are one stretch."""
     first, count = rows[0], len(rows)
     stretch = rows[-1] - first == count - 1 and rows == list(range(first, first + count))
-    return take(batch, slice(first, first + count) if stretch else torch.tensor(rows))
+    return slice(first, first + count) if stretch else to_device(torch.tensor(rows), device)
 
 
 def _as_batches_of_one(batch: Expansion) -> Expansion:

@@ -107,7 +107,9 @@ class Session:
                 found = next(groups, None)
             if found is None:
                 return
-            for i in found[0]:
+            if len(found[0]) == len(pending):
+                pending.clear()
+            for i in found[0] if pending else ():
                 del pending[i]
             yield found
 
@@ -144,10 +146,15 @@ class Session:
 
     def losses(self, role: str, instances: Sequence[Any], chosen: Iterable[int]) -> dict[int, float]:
         """The loss of each chosen instance, checked to be finite."""
+        rows, chosen = self.rows(instances), list(chosen)
+        held = rows.held_losses(chosen) if isinstance(rows, ExpandedRows) else None
+        if held is not None:
+            check_finite("loss", role, chosen, held)
+            return dict(zip(chosen, held.tolist(), strict=True))
         losses = strategies.losses(self.model)
         found = {}
         for indices, stack in self.examples(
-            instances, size=LOSSES_AT_ONCE, description=f"{role} losses", role=role, chosen=list(chosen)
+            instances, size=LOSSES_AT_ONCE, description=f"{role} losses", role=role, chosen=chosen
         ):
             with self.naming(role, instances, indices):
                 values = losses(stack)
@@ -203,6 +210,8 @@ class Session:
 
 def check_finite(what: str, role: str, indices: Sequence[int], values: Tensor) -> None:
     """`values`, whose last dimension runs over `indices`, must be finite; the error names the first that is not."""
+    if not values.numel() or bool(torch.stack(values.aminmax()).isfinite().all()):  # in one pass; NaN is passed on
+        return
     finite = values.isfinite().reshape(-1, len(indices)).all(0)
     if not bool(finite.all()):
         i = indices[int(finite.logical_not().nonzero()[0])]
