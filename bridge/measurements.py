@@ -16,6 +16,9 @@ from bridge.session import Session
 from lissa import Params, tree
 from lissa.stacked import norms, vdots
 
+CACHED = 2**17
+"""Numbers of vectors that are passed over together, so that what is made of them stays in a cache."""
+
 SAMPLE = 64
 """Training instances that the largest eigenvalue and the correlation are measured on: for a warning, two digits do."""
 
@@ -34,7 +37,7 @@ def relative_residuals(
 
     Only the first `count` are measured; the others are NaN.
     """
-    found = torch.full_like(norms(vectors), torch.nan)
+    found = next(iter(vectors.values())).new_full((strategies.length(vectors),), torch.nan)
     vectors, ihvps = (tree.map(lambda t: t[:count], x) for x in (vectors, ihvps))
     damped = tree.add_scaled(_product(session, train, ihvps, ranks), damping, ihvps)
     found[:count] = (norms(tree.sub(vectors, damped)) / norms(vectors)).nan_to_num(0.0)
@@ -43,7 +46,9 @@ def relative_residuals(
 
 def cosines(vectors: Params, ihvps: Params) -> Tensor:
     """Cosine of the angle between `v` and `x` for K stacked vectors, shape `(K,)`; 0 where one of them is 0."""
-    return (vdots(vectors, ihvps) / (norms(vectors) * norms(ihvps))).nan_to_num(0.0)
+    K, size = strategies.length(vectors), max(1, CACHED * strategies.length(vectors) // tree.numel(vectors))
+    parts = [[tree.map(lambda t, k=k: t[k : k + size], x) for x in (vectors, ihvps)] for k in range(0, K, size)]
+    return torch.cat([vdots(v, x) / (norms(v) * norms(x)) for v, x in parts]).nan_to_num(0.0)
 
 
 def largest_eigenvalue(session: Session, train: Sequence[Any], *, seed: int) -> float:

@@ -531,8 +531,9 @@ class SimpleInfluence(InfluenceInterpreter):
 
     def _close(self, session: Session) -> None:
         found = judgement.of_call(session, self._train, report.joined(self._parts), seed=self._seed)
-        if found.problems():
-            warnings.warn(" ".join(found.problems()), InfluenceWarning, stacklevel=2)
+        problems = found.problems()
+        if problems:
+            warnings.warn(" ".join(problems), InfluenceWarning, stacklevel=2)
         self._diagnostics = found
 
     # ------------------------------------------------------------------ AllenNLP's own numbers

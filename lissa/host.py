@@ -15,7 +15,10 @@ def any_true(flag: Tensor) -> bool:
 
     Costs one synchronisation on an accelerator.
     """
-    return bool(_Largest.apply(flag.to(torch.int64)))
+    try:
+        return bool(flag.any())
+    except RuntimeError:  # inside `vmap`
+        return bool(_Largest.apply(flag.to(torch.int64)))
 
 
 def largest(values: Tensor) -> int:
