@@ -34,6 +34,7 @@ from lissa import (
     tree,
 )
 from lissa.influence import scores_of_graph
+from lissa.lstm import DirectionalLSTM
 from lissa.scoring import ScoringPlan, forward_work, plan_scoring
 from lissa.stacked import Chunks, StackedHvp, StackedMatvec, linearised_stacked_hvp
 
@@ -147,7 +148,7 @@ def row_scores(model: Functional, ihvps: Params, batch: Batch, count: int) -> tu
         NoRowLossesError: If the model's loss is not a mean over rows that can be told apart.
     """
     leaves = tree.map(lambda p: p.detach().requires_grad_(), model.params)
-    with torch.enable_grad():
+    with torch.enable_grad(), DirectionalLSTM(curved=False):
         losses = row_losses(model.loss_fn, leaves, batch, count)
     return losses.detach(), scores_of_graph(losses, leaves, ihvps)
 

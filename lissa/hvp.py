@@ -6,8 +6,10 @@ batches are drawn.
 
 import functools
 import logging
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -350,6 +352,41 @@ def pull_back(
     outputs, cotangents = zip(*curved, strict=True)
     products = torch.autograd.grad(outputs, params, cotangents, retain_graph=retain_graph, materialize_grads=True)
     return tuple(map(dense, products))
+
+
+def pulled_back(
+    outputs: Sequence[Tensor], leaves: Sequence[Tensor], cotangents: Sequence[Tensor], *, at_once: int | None = None
+) -> tuple[Tensor, ...]:
+    """`pull_back` of K stacked cotangents through one graph, which is kept.
+
+    By `torch.vmap` around the backward pass alone, so that it does not matter how the graph came about; in turn, where
+    an operation refuses that (sparse gradients).
+
+    Args:
+        outputs: Tensors that depend on the leaves.
+        leaves: What to differentiate in.
+        cotangents: Shaped like the outputs, each with one more dimension in front.
+        at_once: Most of them in one backward pass; all, if not given.
+
+    Returns:
+        For each leaf, shape `(K, *shape)`.
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> pulled_back((x**2,), (x,), (torch.eye(2),))
+        (tensor([[2., 0.],
+                [0., 4.]]),)
+    """
+    K, pulled = len(cotangents[0]), partial(pull_back, outputs, leaves, retain_graph=True)
+    if K > 1 and at_once != 1:  # of one vector, vmap takes twice as long
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "There is a performance drop")  # of what vmap loops over
+                return torch.vmap(pulled, chunk_size=at_once)(tuple(cotangents))
+        except RuntimeError as error:
+            logger.debug("One vector at a time, because: %s", error)
+    found = [pulled([c[k] for c in cotangents]) for k in range(K)]
+    return tuple(map(torch.stack, zip(*found, strict=True))) if K else tuple(p.new_empty(0, *p.shape) for p in leaves)
 
 
 class SparseGradientError(NotImplementedError):

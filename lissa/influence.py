@@ -15,9 +15,10 @@ from torch.func import grad, jvp
 from torch.utils import _pytree as pytree
 
 from lissa import checks, sampling, scoring, tree
-from lissa.hvp import check_twice_differentiable, dense, pull_back
+from lissa.hvp import check_twice_differentiable, dense, pulled_back
 from lissa.kernels import twice_differentiable
 from lissa.leafwise import is_constant
+from lissa.lstm import DirectionalLSTM
 from lissa.scoring import ScoringPlan, forward_work, plan_scoring
 from lissa.types import Batch, ExampleLossFn, Params
 
@@ -153,10 +154,13 @@ def scores_of_graph(losses: Tensor, leaves: Params, ihvp: Params) -> Tensor:
     with torch.enable_grad(), twice_differentiable():
         gradient = torch.autograd.grad(losses, tuple(leaves.values()), u, create_graph=True, materialize_grads=True)
         gradient = tuple(map(dense, gradient))
-    stacked = [ihvp[k].detach().unbind() for k in leaves]
+    vectors = tuple(ihvp[k].detach() for k in leaves)
     with twice_differentiable():
-        pulled = [pull_back(gradient, (u,), vectors, retain_graph=True)[0] for vectors in zip(*stacked, strict=True)]
-    return torch.stack(pulled) if pulled else losses.new_zeros(0, len(losses))
+        return pulled_back(gradient, (u,), vectors, at_once=max(1, PULLED_AT_ONCE // len(losses)))[0]
+
+
+PULLED_AT_ONCE = 1024
+"""Most examples times vectors in one backward pass: of more, what passes cost is not starting them."""
 
 
 def scoring_plan(
@@ -262,7 +266,7 @@ def _by_double_vjp(
     leaves = tree.map(lambda p: p.detach().requires_grad_(), params)
     scores = []
     for part in [batch] if chunk_size is None else _cut(batch, chunk_size):
-        with torch.enable_grad(), twice_differentiable():
+        with torch.enable_grad(), twice_differentiable(), DirectionalLSTM(curved=False):
             losses = _example_loss_of_params(example_loss_fn, part)(leaves)
         scores.append(scores_of_graph(losses, leaves, vectors))
     return torch.cat(scores, dim=-1)

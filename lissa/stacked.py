@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from lissa import checks, host, outcome, tree
-from lissa.hvp import gradient_of_graph, pull_back
+from lissa.hvp import gradient_of_graph, pulled_back
 from lissa.kernels import twice_differentiable
+from lissa.lstm import with_directional_lstm
 from lissa.outcome import RUNNING
 from lissa.recursion import CHECK_EVERY, LissaRun, LissaState, judge_step
 from lissa.types import Batch, LossFn, Params, Solution, Status
@@ -106,7 +107,8 @@ def linearised_stacked_hvp(loss_fn: LossFn, params: Params, batch: Batch) -> Cal
         {'w': tensor([[ 6., 12.]])}
     """
     checks.point("stacked_hvp", params)
-    loss_fn = checks.deterministic("stacked_hvp", checks.scalar_loss("stacked_hvp", loss_fn), params)
+    checked = checks.scalar_loss("stacked_hvp", with_directional_lstm(loss_fn))
+    loss_fn = checks.deterministic("stacked_hvp", checked, params)
     leaves = tree.map(lambda p: p.detach().requires_grad_(), params)
     with torch.enable_grad(), twice_differentiable():
         grads = gradient_of_graph(loss_fn(leaves, batch), tuple(leaves.values()))
@@ -117,7 +119,7 @@ def linearised_stacked_hvp(loss_fn: LossFn, params: Params, batch: Batch) -> Cal
             return tree.map(torch.zeros_like, vectors)
         cotangents = tuple(vectors[k].detach() for k in curved)
         with twice_differentiable():
-            found = _pulled_back(tuple(curved.values()), tuple(leaves.values()), cotangents)
+            found = pulled_back(tuple(curved.values()), tuple(leaves.values()), cotangents)
         return dict(zip(leaves, found, strict=True))
 
     return products
@@ -142,25 +144,6 @@ class StackedHvp(NamedTuple):
     def at(self, batch: Batch) -> Callable[[Params], Params]:
         """`vectors -> H_batch v_k`, with the gradient's graph, which lives as long as this."""
         return linearised_stacked_hvp(self.loss_fn, self.params, batch)
-
-
-def _pulled_back(
-    outputs: tuple[Tensor, ...], leaves: tuple[Tensor, ...], cotangents: tuple[Tensor, ...]
-) -> Iterable[Tensor]:
-    """All cotangents through one graph: at once, or, where an operation refuses that (sparse gradients), in turn."""
-    count = len(cotangents[0])
-    try:
-        if count == 1:  # twice as fast
-            one = pull_back(outputs, leaves, [c[0] for c in cotangents], retain_graph=True)
-            return [t.unsqueeze(0) for t in one]
-        return torch.autograd.grad(
-            outputs, leaves, cotangents, is_grads_batched=True, materialize_grads=True, retain_graph=True
-        )
-    except RuntimeError:
-        if count == 1:
-            raise
-        products = [pull_back(outputs, leaves, [c[k] for c in cotangents], retain_graph=True) for k in range(count)]
-        return map(torch.stack, zip(*products, strict=True))
 
 
 class Chunks(NamedTuple):
@@ -314,9 +297,10 @@ class _Steps:
     """
 
     def __init__(self, matvec: StackedMatvec, h: Params, v: Params, c: float, scale: float, chunks: Chunks):
-        self.matvec, self.c, self.scale, self.most = matvec, c, scale, chunks.steps
+        self.matvec, self.c, self.scale = matvec, c, scale
         target = tree.scale(1 / c, v) if c else v
         parts = _parts(v, chunks.size)
+        self.most = chunks.steps if len(parts) > 1 else 1
         self.parts = [[{k: t[part] for k, t in x.items()} for x in (h, v, target)] for part in parts]
         self.waiting: list[Batch] = []
 
@@ -369,8 +353,8 @@ class _StepsTogether(_Steps):
     """The same with a `Stepper`, for all steps but the last."""
 
     def __init__(self, matvec: Stepper, h: Params, v: Params, c: float, scale: float, chunks: Chunks):
-        super().__init__(matvec, h, v, c, scale, chunks._replace(steps=CHECK_EVERY))
-        self.stepper = matvec
+        super().__init__(matvec, h, v, c, scale, chunks)
+        self.stepper, self.most = matvec, CHECK_EVERY
 
     def _take_all(self, batches: list[Batch], last: Batch, look: bool, measure: bool) -> list[tuple[Tensor, Tensor]]:
         for h, v, _ in self.parts if batches else ():

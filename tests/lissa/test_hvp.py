@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch.func import grad, jvp
 
 from lissa import ggnvp, hvp, hvp_of_graph, stacked_hvp, tree
-from lissa.hvp import MODES
+from lissa.hvp import MODES, pulled_back
 from tests import problems
 from tests.oracles import dense_hessian, flatten, relative_error, unflatten
 from tests.problems import random_vector, random_vectors
@@ -500,3 +500,28 @@ def test_a_function_that_is_differentiable_once_is_no_zero():
     torch.testing.assert_close(
         hvp(loss_fn, params, None, v)["w"], torch.tensor([6.0, 12.0], dtype=torch.float64), rtol=1e-5, atol=0
     )
+
+
+class Opaque(torch.autograd.Function):
+    """Its backward pass looks at a number, which `vmap` refuses."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx, dy):
+        assert dy.sum().item() > 0
+        return 2 * ctx.saved_tensors[0] * dy
+
+
+@pytest.mark.parametrize("square", [torch.square, Opaque.apply])
+@pytest.mark.parametrize("at_once", [None, 1, 2])
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_stacked_cotangents_are_pulled_back_as_each_is(square, at_once, count):
+    x, y = (torch.tensor([1.0, 2.0], requires_grad=True) for _ in range(2))
+    cotangents = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])[:count]
+    got = pulled_back((square(x),), (x, y), (cotangents,), at_once=at_once)
+    assert got[0].tolist() == (2 * torch.tensor([1.0, 2.0]) * cotangents).tolist()
+    assert torch.equal(got[1], torch.zeros(count, 2))

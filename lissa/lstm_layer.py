@@ -1,0 +1,387 @@
+"""A layer of an LSTM whose second derivatives are a few large passes, for one vector or many.
+
+The three passes that a Hessian-vector product adds to a gradient are written out, for K vectors at once: the forward
+pass and the backward pass, differentiated in a direction (Pearlmutter's R operator), and one backward pass more. What
+can be computed for all time steps is computed outside their loops.
+
+Knows recurrences and packed rows; knows nothing of modules, losses, or of what the vectors are.
+
+In a time step, with `s` the logistic function and all products but those with W elementwise,
+
+    i, f, g, o = s(a_i), s(a_f), tanh(a_g), s(a_o),   a = W z + b,   z = (x, h_before),
+    c = f c_before + i g,   h = o tanh(c),
+
+and so, in a direction, written `'`:
+
+    c' = f c_before' + sum over i, f, g of q a',   h' = e c' + q_o a_o',
+    q = (g s'(a_i), c_before s'(a_f), i tanh'(a_g), tanh(c) s'(a_o)),   e = o (1 - tanh(c)^2),
+
+while a backward pass is the transpose of that: `dc = .. + e dh`, `da = (q_i dc, q_f dc, q_g dc, q_o dh)`, and on to the
+step before, `dc_before = f dc`, `dh_before = W^T da`.
+
+Source: B. A. Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 6 (1994), sections 3 and 4.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+class Steps(NamedTuple):
+    """Which rows belong together.
+
+    Attributes:
+        sizes: Rows of each time step.
+        before: For each row, where its state before is: of B initial ones, and then those of the rows.
+        last: For each sequence, its last row.
+        backwards: For each row, the one that takes its place when sequences run backwards.
+    """
+
+    sizes: list[int]
+    before: Tensor
+    last: Tensor
+    backwards: Tensor
+
+    def cut(self, states: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Of B initial states and those of all rows: for each time step, those before and its own."""
+        count = len(states) // (self.sizes[0] + len(self.before))  # of states for each row
+        sizes = [size * count for size in self.sizes]
+        parts = states.split([sizes[0], *sizes])
+        return [part[:size] for part, size in zip(parts, sizes, strict=False)], list(parts[1:])
+
+    def sent_before(self, states: Tensor) -> Tensor:
+        """For B initial states and those of all rows, what each row says of its state before; 0 if it is of none."""
+        sent = states.new_zeros(self.sizes[0] + len(self.before), *states.shape[1:])
+        return sent.index_copy_(0, self.before, states)
+
+
+def steps_of(sizes: list[int], device: torch.device) -> Steps:
+    """The steps of packed rows, `sizes` of them at each time; the rows of a time are in order of sequence.
+
+    Example:
+        >>> steps = steps_of([2, 1], torch.device("cpu"))
+        >>> steps.before.tolist(), steps.last.tolist(), steps.backwards.tolist()
+        ([0, 1, 2], [2, 1], [2, 1, 0])
+    """
+    size = torch.tensor(sizes)
+    start = size.cumsum(0) - size
+    time = torch.repeat_interleave(torch.arange(len(sizes)), size)
+    sequence = torch.arange(len(time)) - start[time]
+    length = torch.bincount(sequence)
+    before = torch.where(time > 0, sizes[0] + start[time - 1], 0) + sequence
+    last = start[length - 1] + torch.arange(sizes[0])
+    backwards = start[length[sequence] - 1 - time] + sequence
+    return Steps(sizes, *(t.to(device) for t in (before, last, backwards)))
+
+
+class _Kept(NamedTuple):
+    """What the derivatives of a layer need of its forward pass, for N rows.
+
+    Attributes:
+        z: `(x, h_before)`, shape `(N, I + H)`.
+        gates: `i, f, g, o`, shape `(N, 4, H)`.
+        tanh_c: `tanh(c)`, shape `(N, H)`.
+        c_before: The cells before.
+        q: `q_i, q_f, q_g, q_o`.
+        e: `e`.
+        W: `(W_ih, W_hh)`, shape `(4 H, I + H)`.
+    """
+
+    z: Tensor
+    gates: Tensor
+    tanh_c: Tensor
+    c_before: Tensor
+    q: Tensor
+    e: Tensor
+    W: Tensor
+
+    @property
+    def inputs(self) -> int:
+        """`I`."""
+        return self.W.shape[1] - self.e.shape[1]
+
+    @classmethod
+    def of(cls, z: Tensor, gates: Tensor, tanh_c: Tensor, c_before: Tensor, W: Tensor) -> "_Kept":
+        """With `q` and `e`."""
+        q = _slopes(gates).mul_(_factors(gates, tanh_c, c_before))
+        e = gates[:, 3] - gates[:, 3] * tanh_c.square()
+        return cls(z, gates, tanh_c, c_before, q, e, W)
+
+
+def _slopes(gates: Tensor) -> Tensor:
+    """`s'(a_i), s'(a_f), tanh'(a_g), s'(a_o)`."""
+    slopes = gates - gates.square()
+    slopes[:, 2] = 1 - gates[:, 2].square()
+    return slopes
+
+
+def _factors(gates: Tensor, tanh_c: Tensor, c_before: Tensor) -> Tensor:
+    """`q` without the slopes: `g, c_before, i, tanh(c)`."""
+    return torch.stack([gates[:, 2], c_before, gates[:, 0], tanh_c], 1)
+
+
+class Layer(torch.autograd.Function):
+    """Of one layer in one direction `h` of all rows, and the last `h` and `c`, from `x`, the initial `h, c`, `W, b`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, h: Tensor, c: Tensor, W: Tensor, b: Tensor, steps: Steps, curved: bool
+    ) -> tuple[Tensor, ...]:
+        """See the class; `curved` as in `lissa.lstm.DirectionalLSTM`."""
+        (N, I), (B, H) = x.shape, h.shape  # noqa: E741
+        gates, tanh_c = torch.addmm(b, x, W[:, :I].mT).unflatten(1, (4, H)), x.new_empty(N, H)
+        states_h, states_c = (torch.cat([t, t.new_empty(N, H)]) for t in (h, c))
+        to_gates = W[:, I:].mT
+        per_step = zip(
+            *(t.split(steps.sizes) for t in (gates.flatten(1), gates, tanh_c)),
+            *steps.cut(states_h), *steps.cut(states_c), strict=True,
+        )  # fmt: skip
+        for flat, gates_t, tanh_t, h_before, h_t, c_before, c_t in per_step:
+            flat.addmm_(h_before, to_gates)
+            i, f, g, o = gates_t.unbind(1)
+            for gate, activate in ((gates_t[:, :2], torch.sigmoid_), (g, torch.tanh_), (o, torch.sigmoid_)):
+                activate(gate)
+            torch.mul(f, c_before, out=c_t).addcmul_(i, g)
+            torch.mul(o, torch.tanh(c_t, out=tanh_t), out=h_t)
+        if any(ctx.needs_input_grad):
+            z = torch.cat([x, states_h[steps.before]], 1)
+            ctx.save_for_backward(x, h, c, W, b, *_Kept.of(z, gates, tanh_c, states_c[steps.before], W))
+        ctx.steps, ctx.curved = steps, curved
+        ctx.set_materialize_grads(False)
+        h, c = states_h[B:], states_c[B:]
+        return h, h[steps.last], c[steps.last]
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        """The gradients, with their own graph."""
+        if all(t is None for t in cotangents):
+            return (None,) * 7
+        at, kept = ctx.saved_tensors[:5], _Kept(*(t.detach() for t in ctx.saved_tensors[5:]))
+        B = ctx.steps.sizes[0]
+        like = (kept.e, kept.e[:B], kept.e[:B])
+        given = [torch.zeros_like(t) if dt is None else dt for dt, t in zip(cotangents, like, strict=True)]
+        at = at if ctx.curved else [t.detach() for t in at]
+        return *_Backward.apply(*given, *at, *kept, ctx.steps)[:5], None, None
+
+
+class _Backward(torch.autograd.Function):
+    """The gradients of `Layer` in `x`, the initial `h` and `c`, `W` and `b`, for cotangents of what it returns.
+
+    Besides `da` of all rows, and `dh` and `dc` of all states, which no derivative is taken of.
+    """
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        *of_kept, steps = inputs[8:]
+        of_all = _gradients([t.unsqueeze(1) for t in inputs[:3]], _Kept(*of_kept), steps)
+        return tuple(t.squeeze(dim) for t, dim in zip(of_all, _Backward.stacked, strict=True))
+
+    stacked = (1, 1, 1, 0, 0, 1, 1, 1)
+    """Which dimension of each result is that of the vectors."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *of_kept, ctx.steps = inputs[8:]
+        ctx.mark_non_differentiable(*output[5:])
+        ctx.save_for_backward(*of_kept, *output[5:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
+        """Of K cotangents in one sweep."""
+        _refuse_stacked(in_dims[3:])
+        *of_kept, steps = inputs[8:]
+        cotangents = [_stacked(t, d, info.batch_size, 1) for t, d in zip(inputs[:3], in_dims[:3], strict=True)]
+        return _gradients(cotangents, _Kept(*of_kept), steps), _Backward.stacked
+
+    @staticmethod
+    def backward(ctx: Any, *vectors: Tensor | None) -> Any:
+        *of_kept, da, dh, dc = ctx.saved_tensors
+        kept, B = _Kept(*of_kept), ctx.steps.sizes[0]
+        like = (kept.z[:, : kept.inputs], kept.e[:B], kept.e[:B], kept.W, kept.W[:, 0])
+        given = [torch.zeros_like(t) if v is None else v for v, t in zip(vectors[:5], like, strict=True)]
+        found = _Directional.apply(*given, *kept, da, dh, dc, ctx.steps, any(ctx.needs_input_grad[3:8]))
+        return *found, *(None,) * (len(ctx.needs_input_grad) - len(found))
+
+
+class _Directional(torch.autograd.Function):
+    """The gradient of `<v, gradients of _Layer>` in the cotangents and, if curved, in what those are taken at."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        vectors = (v.unsqueeze(dim) for v, dim in zip(inputs[:5], _Directional.stacked, strict=True))
+        return tuple(t.squeeze(dim) for t, dim in zip(*_along(*vectors, *inputs[5:]), strict=True))
+
+    stacked = (1, 1, 1, 0, 0)
+    """Which dimension of each vector is that of the vectors."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
+        """Of K vectors in one sweep forward and one back."""
+        _refuse_stacked(in_dims[5:])
+        each = zip(inputs[:5], in_dims[:5], _Directional.stacked, strict=True)
+        return _along(*(_stacked(v, dim, info.batch_size, to) for v, dim, to in each), *inputs[5:])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        raise NotImplementedError("An LSTM inside `DirectionalLSTM` has no third derivative.")
+
+
+class _Rows(torch.autograd.Function):
+    """`y_j = x_i(j)` for some rows, each of them once; or the transpose, `y_i(j) = x_j`, and 0 elsewhere."""
+
+    @staticmethod
+    def forward(x: Tensor, i: Tensor, count: int, transposed: bool) -> Tensor:
+        return x.new_zeros(count, *x.shape[1:]).index_copy_(0, i, x) if transposed else x.index_select(0, i)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.count, ctx.transposed = inputs[2:]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
+        _refuse_stacked(in_dims[1:])
+        return _Rows.apply(inputs[0].movedim(in_dims[0], 1), *inputs[1:]), 1
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        return _Rows.apply(*cotangents, *ctx.saved_tensors, ctx.count, not ctx.transposed), None, None, None
+
+
+def rows(x: Tensor, i: Tensor) -> Tensor:
+    """`x[i]`, each row at most once."""
+    return _Rows.apply(x, i, len(x), False)
+
+
+def _gradients(cotangents: Sequence[Tensor], kept: _Kept, steps: Steps) -> tuple[Tensor, ...]:
+    """What `_Backward` computes, for K cotangents each of `h`, shape `(N, K, H)`, and the last `h` and `c`."""
+    dh, dh_last, dc_last = cotangents
+    B, (N, K, H) = steps.sizes[0], dh.shape
+    dh = torch.cat([dh_last.new_zeros(B, K, H), dh])
+    dh[B:].index_add_(0, steps.last, dh_last)
+    dc = torch.zeros_like(dh)
+    dc[B:].index_copy_(0, steps.last, dc_last)
+    da = dh.new_zeros(N, K, 4, H)
+    _sweep_back(da, dh, dc, kept, steps)
+    return _of_inputs(da, kept), dh[:B], dc[:B], _of_weights(da, kept), da.sum(0).flatten(1), da.flatten(2), dh, dc
+
+
+def _along(
+    v_x: Tensor, v_h: Tensor, v_c: Tensor, v_W: Tensor, v_b: Tensor, *kept_and_cotangents: Any
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """Derivatives in K directions: of what `Layer` returns, and of its gradients for cotangents that do not vary.
+
+    Args:
+        v_x: Directions of `x`, shape `(N, K, I)`.
+        v_h: Of the initial `h`, shape `(B, K, H)`.
+        v_c: Of the initial `c`.
+        v_W: Of `W`, shape `(K, 4 H, I + H)`.
+        v_b: Of `b`, shape `(K, 4 H)`.
+        *kept_and_cotangents: What was kept, `da`, all `dh` and `dc`, the steps, and whether gradients are asked for.
+
+    Returns:
+        The derivatives, and which dimension of each is that of the directions.
+    """
+    *of_kept, da, dh, dc, steps, curved = kept_and_cotangents
+    kept, (B, K, H), I = _Kept(*of_kept), v_h.shape, v_x.shape[2]  # noqa: E741
+    W_z = torch.addmm(v_b.flatten(), kept.z, v_W.permute(2, 0, 1).flatten(1)).view(-1, 4 * H)  # W' z + b'
+    a_ = W_z.addmm_(v_x.reshape(-1, I), kept.W[:, :I].mT).view(-1, K, 4, H)  # + W z', but for W h_before'
+    h_, c_ = _swept_forward(a_, v_h, v_c, kept, steps)
+    of_results = h_[B:], h_[B:][steps.last], c_[B:][steps.last]
+    if not curved:
+        return of_results, (1, 1, 1)
+
+    # All that is multiplied by a derivative is of the forward or the backward pass, the same for all directions.
+    slopes, factors = _slopes(kept.gates), _factors(kept.gates, kept.tanh_c, kept.c_before)
+    bends = 1 - 2 * kept.gates  # s'' / s'
+    bends[:, 2] -= 1  # tanh'' / tanh'
+    slope_of_tanh = 1 - kept.tanh_c.square()
+    o_tanh_c, dc_e = kept.gates[:, 3] * kept.tanh_c, dh[B:]
+    gates_ = slopes.unsqueeze(1) * a_
+    i_, f_, g_, o_ = gates_.unbind(2)
+    tanh_c_ = slope_of_tanh.unsqueeze(1) * c_[B:]
+    q_ = torch.stack([g_, c_[steps.before], i_, tanh_c_], 2).mul_(slopes.unsqueeze(1))
+    q_.addcmul_(gates_, (bends * factors).unsqueeze(1))
+    e_ = (slope_of_tanh.unsqueeze(1) * o_).addcmul_(o_tanh_c.unsqueeze(1), tanh_c_, value=-2)
+
+    d_states = torch.stack([dc[B:], dc[B:], dc[B:], dh[B:]], 1)
+    da_ = q_.mul_(d_states.unsqueeze(1))
+    W_da = (da @ v_W.transpose(0, 1).flatten(1)).unflatten(1, (K, I + H))  # W'^T da
+    dh_ = steps.sent_before(W_da[:, :, I:])
+    dc_ = steps.sent_before(f_ * dc[B:].unsqueeze(1))
+    dc_[B:].addcmul_(e_, dc_e.unsqueeze(1))
+    _sweep_back(da_, dh_, dc_, kept, steps)
+    z_ = torch.cat([v_x, h_[steps.before]], 2)
+    dW_ = _of_weights(da_, kept).add_((da.mT @ z_.flatten(1)).unflatten(1, (K, I + H)).transpose(0, 1))
+    dx_ = _of_inputs(da_, kept).add_(W_da[:, :, :I])
+    return (*of_results, dx_, dh_[:B], dc_[:B], dW_, da_.sum(0).flatten(1)), (1, 1, 1, 1, 1, 1, 0, 0)
+
+
+def _swept_forward(a_: Tensor, h: Tensor, c: Tensor, kept: _Kept, steps: Steps) -> tuple[Tensor, Tensor]:
+    """`h', c'` of the initial states and all rows for K directions; what is missing is added to `a'`, in place."""
+    N, K, _, H = a_.shape
+    h, c = (torch.cat([t, t.new_empty(N, K, H)]) for t in (h, c))
+    to_gates = kept.W[:, kept.inputs :].mT
+    for a_t, flat, before, h_t, c_before, c_t, q, e, f in _per_step(a_, h, c, kept, steps):
+        flat.addmm_(before, to_gates)
+        own = q * a_t
+        torch.sum(own[:, :, :3], 2, out=c_t).addcmul_(f, c_before)
+        torch.addcmul(own[:, :, 3], e, c_t, out=h_t)
+    return h, c
+
+
+def _sweep_back(da: Tensor, dh: Tensor, dc: Tensor, kept: _Kept, steps: Steps) -> None:
+    """The backward pass for K cotangents, in place: in are terms of its own for each row, out are the sums.
+
+    Args:
+        da: Shape `(N, K, 4, H)`.
+        dh: Shape `(B + N, K, H)`, the initial ones first.
+        dc: The same.
+        kept: Of the forward pass.
+        steps: Its steps.
+    """
+    from_gates = kept.W[:, kept.inputs :]
+    for da_t, flat, before, dh_t, dc_before, dc_t, q, e, f in reversed(list(_per_step(da, dh, dc, kept, steps))):
+        dc_t.addcmul_(e, dh_t)
+        da_t[:, :, :3].addcmul_(q[:, :, :3], dc_t.unsqueeze(2))
+        da_t[:, :, 3].addcmul_(q[:, :, 3], dh_t)
+        dc_before.addcmul_(f, dc_t)
+        before.addmm_(flat, from_gates)
+
+
+def _per_step(a: Tensor, h: Tensor, c: Tensor, kept: _Kept, steps: Steps) -> Iterable[tuple[Tensor, ...]]:
+    """For each time step `a`, the same as a matrix, `h_before` as one, `h`, `c_before`, `c`, and `q`, `e`, `f`."""
+    matrix = a.flatten(0, 1).flatten(1).split([size * a.shape[1] for size in steps.sizes])
+    h_before, c_before = steps.cut(h.flatten(0, 1))[0], steps.cut(c)[0]
+    q, e, f = (t.unsqueeze(1).split(steps.sizes) for t in (kept.q, kept.e, kept.gates[:, 1]))
+    parts = a.split(steps.sizes), matrix, h_before, steps.cut(h)[1], c_before, steps.cut(c)[1], q, e, f
+    return zip(*parts, strict=True)
+
+
+def _of_weights(da: Tensor, kept: _Kept) -> Tensor:
+    """`sum over rows of da z^T` for K cotangents, shape `(K, 4 H, I + H)`."""
+    return (da.flatten(1).mT @ kept.z).unflatten(0, (da.shape[1], -1))
+
+
+def _of_inputs(da: Tensor, kept: _Kept) -> Tensor:
+    """`dx = W_ih^T da` for K cotangents, shape `(N, K, I)`."""
+    return da.flatten(2) @ kept.W[:, : kept.inputs]
+
+
+def _stacked(t: Tensor, dim: int | None, count: int, to: int) -> Tensor:
+    """`t` with its vectors in the dimension `to`."""
+    return t.movedim(dim, to) if dim is not None else t.unsqueeze(to).expand(*t.shape[:to], count, *t.shape[to:])
+
+
+def _refuse_stacked(in_dims: Any) -> None:
+    """Cotangents and vectors are what there are many of, and nothing else."""
+    if any(dim is not None for dim in pytree.tree_leaves(in_dims)):
+        raise NotImplementedError("`DirectionalLSTM` stacks vectors, not LSTMs or their inputs.")
