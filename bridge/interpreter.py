@@ -330,7 +330,7 @@ class InfluenceInterpreter(FromArchive):
 
     def _train_losses(self, session: Session, chosen: Iterable[int]) -> dict[int, float]:
         """The loss of each chosen training instance."""
-        return session.losses("training", self._train, chosen)
+        return scored.losses(session, self._train, list(chosen))
 
     # ------------------------------------------------------------------ how it is done
 

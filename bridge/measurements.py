@@ -3,7 +3,7 @@
 Knows a session's instances and `lissa`'s products; knows nothing of how `x` was found or what is said about it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 import lissa
 from bridge import progress, scored, strategies
 from bridge.distributed import Ranks
+from bridge.rows import Numbered
 from bridge.session import Session
 from lissa import Params, tree
 from lissa.stacked import norms, vdots
@@ -75,15 +76,15 @@ def correlations(session: Session, train: Sequence[Any], vectors: Params, ihvps:
 
 def _product(session: Session, train: Sequence[Any], vectors: Params, ranks: Ranks) -> Params:
     """`H v` on all training data for K stacked vectors, in batches weighted by their size, each rank on its share."""
-    n, share = len(train), ranks.share(len(train))
-    product = strategies.products(session.model)
+    n, share, rows = len(train), ranks.share(len(train)), session.rows(train)
+    product, expanded = strategies.products(session.model), session.model.last_layer is not None
     total = tree.zeros_like(vectors)
-    size = session.rows_at_once(train, strategies.length(vectors))
 
-    def add(indices: Sequence[int]) -> None:
+    def add(some: list[Numbered]) -> None:
+        indices = [i for i, _ in some]
         try:
             with session.naming("training", train, indices):
-                batch = session.batch(train, indices)
+                batch = session.batch(train, indices) if expanded else rows.together(some)
                 part = product(vectors, lambda: batch)
             for k, t in part.items():
                 total[k].add_(t, alpha=len(indices) / n)
@@ -91,13 +92,27 @@ def _product(session: Session, train: Sequence[Any], vectors: Params, ranks: Ran
             if len(indices) == 1 or not strategies.is_out_of_memory(error):
                 raise
             half = len(indices) // 2
-            add(indices[:half])
-            add(indices[half:])
+            add(some[:half])
+            add(some[half:])
 
-    starts = progress.bar(range(share.start, share.stop, size), description="measuring the residual", show=session.show)
-    for start in starts:
-        add(list(range(start, min(start + size, share.stop))))
+    for some in _batches(session, train, share, strategies.length(vectors), show="measuring the residual"):
+        add(some)
     return ranks.sum(total)
+
+
+def _batches(
+    session: Session, train: Sequence[Any], share: range, vectors: int, *, show: str
+) -> Iterator[list[Numbered]]:
+    """The instances of `share`, as many at a time as a product takes, those of about the same length together."""
+    if session.model.last_layer is not None:
+        size = session.rows_at_once(train, vectors)
+        for start in progress.bar(range(share.start, share.stop, size), description=show, show=session.show):
+            yield [(i, None) for i in range(start, min(start + size, share.stop))]
+        return
+    for _, window in session.windows(train, most=scored.WINDOW, description=show, role="training", chosen=share):
+        size = scored.rows_at_once(session, train, window[-1], vectors)
+        for start in range(0, len(window), size):
+            yield window[start : start + size]
 
 
 def _sample(n: int, seed: int) -> list[int]:

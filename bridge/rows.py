@@ -17,6 +17,9 @@ from lissa import Batch, take
 MOST_KEPT = 2**28
 """Bytes of instances that `gather` keeps in memory, unless told otherwise."""
 
+LENGTHS_KEPT = 2**17
+"""Instances whose length is measured once; some 10 MiB."""
+
 CHUNK = 256
 """Instances collated together while all are gathered."""
 
@@ -64,6 +67,9 @@ class Rows(Sequence[Any]):
         self._held = range(0)
         self._of_fields: dict[type, bool] = {}
         self._latest: tuple[Any, tuple[Any, ...]] = (None, ())
+        self._lengths: dict[int, int] = {}
+        self._collated: dict[tuple[int, ...], Batch] = {}
+        self._collated_bytes = 0
 
     def __len__(self) -> int:
         return len(self._instances)
@@ -92,8 +98,9 @@ class Rows(Sequence[Any]):
 
     @property
     def kept_bytes(self) -> int:
-        """What `gather` keeps in memory."""
-        return sum(leaf.nbytes for leaf in pytree.tree_leaves(self._gathered) if isinstance(leaf, Tensor))
+        """What `gather` and `together` keep in memory."""
+        gathered = sum(leaf.nbytes for leaf in pytree.tree_leaves(self._gathered) if isinstance(leaf, Tensor))
+        return gathered + self._collated_bytes
 
     def examples(self, size: int, chosen: Iterable[int] | None = None) -> Iterator[tuple[list[int], Batch]]:
         """Instances, each a batch of one, in stacks of at most `size`, with their indices.
@@ -135,15 +142,33 @@ class Rows(Sequence[Any]):
                 yield some, [(i, None) for i in some]
                 continue
             window = [(i, self._instances[i]) for i in some]
-            window.sort(key=lambda numbered: self._length(numbered[1]))
+            window.sort(key=self._length)
             yield [i for i, _ in window], window
 
     def together(self, numbered: Sequence[Numbered]) -> Batch:
-        """One batch of instances that `windows` gave, on the device."""
+        """One batch of instances that `windows` gave, on the device.
+
+        What is collated once is kept, as residual and scores ask for the same batches, while it fits into `most_bytes`.
+        """
         indices = [i for i, _ in numbered]
         if self._holds(indices):
             return self.batch(indices)
-        return to_device(self._collate([instance for _, instance in numbered]), self._device)
+        known = self._collated.get(tuple(indices))
+        if known is not None:
+            return pytree.tree_map(torch.clone, known)  # a model may write to its batch
+        batch = to_device(self._collate([instance for _, instance in numbered]), self._device)
+        self._keep(indices, batch)
+        return batch
+
+    def _keep(self, indices: list[int], batch: Batch) -> None:
+        """Keeps a copy, unless the batch is a user's function's, who may expect to be asked each time."""
+        leaves = pytree.tree_leaves(batch)
+        if self._pads or not all(isinstance(leaf, Tensor) for leaf in leaves):
+            return
+        size = sum(leaf.nbytes for leaf in leaves)
+        if self._collated_bytes + size <= self.most_bytes:
+            self._collated[tuple(indices)] = pytree.tree_map(torch.clone, batch)
+            self._collated_bytes += size
 
     def _holds(self, indices: list[int]) -> bool:
         """Whether these instances are among those gathered."""
@@ -160,6 +185,9 @@ class Rows(Sequence[Any]):
             indices = range(start, min(start + CHUNK, share.stop))
             try:
                 instances = [self._instances[i] for i in indices]
+                alike = self._likeness(instances[0]) if alike is None else alike
+                if any(self._likeness(instance) != alike for instance in instances):
+                    return None
                 batch = to_device(self._collate(instances), self._device)
             except Exception:  # whoever needs the instance will hear of it, with its number
                 return None
@@ -167,12 +195,11 @@ class Rows(Sequence[Any]):
             if not are_rows(batch, len(indices)):
                 return None
             if structure is None:
-                structure, alike = found, self._likeness(instances[0])
+                structure = found
                 if sum(leaf[0].nbytes for leaf in leaves) * len(share) > self.most_bytes:
                     return None
                 whole = [leaf.new_empty((len(share), *leaf.shape[1:])) for leaf in leaves]
-            same = found == structure and all(self._likeness(instance) == alike for instance in instances)
-            if not same or any(
+            if found != structure or any(
                 a.shape[1:] != b.shape[1:] or a.dtype != b.dtype for a, b in zip(whole, leaves, strict=True)
             ):
                 return None
@@ -190,12 +217,19 @@ class Rows(Sequence[Any]):
         alike = self._of_fields.get(type(instances[0]))
         return to_device(collate_alike(instances) if alike else self._collate(instances), self._device)
 
-    def _length(self, instance: Any) -> int:
+    def _length(self, numbered: Numbered) -> int:
         """About how many numbers the instance has."""
+        i, instance = numbered
+        if i in self._lengths:
+            return self._lengths[i]
         likeness = self._likeness(instance)
         if self._of_fields[type(instance)]:
-            return sum(length for _, _, *lengths in likeness for _, length in lengths)
-        return sum(leaf.numel() if isinstance(leaf, Tensor) else 1 for leaf in pytree.tree_leaves(instance))
+            length = sum(length for _, _, *lengths in likeness for _, length in lengths)
+        else:
+            length = sum(leaf.numel() if isinstance(leaf, Tensor) else 1 for leaf in pytree.tree_leaves(instance))
+        if len(self._lengths) < LENGTHS_KEPT:
+            self._lengths[i] = length
+        return length
 
     def _likeness(self, instance: Any) -> tuple[Any, ...]:
         kind = type(instance)

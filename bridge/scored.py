@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bridge import strategies
 from bridge.functional import loss_and_gradient
+from bridge.row_losses import row_losses
 from bridge.rows import Numbered
 from bridge.session import Session, check_finite
 from lissa import Params, tree
@@ -51,9 +52,58 @@ def scores(
         if not _go_together(session, instances, window, strategies.length(ihvps)):
             yield from _from_stacks(session, instances, ihvps, indices, None, role)
             continue
-        size = _size(session, instances, window[-1])
+        size = rows_at_once(session, instances, window[-1], vectors=1)
         for start in range(0, len(window), size):
             yield from _from_batch(session, instances, ihvps, window[start : start + size], role)
+
+
+def losses(
+    session: Session, instances: Sequence[Any], chosen: Sequence[int], *, role: str = "training"
+) -> dict[int, float]:
+    """The loss of each chosen instance, checked to be finite: of texts too many at a time, where that is right."""
+    rows = session.rows(instances)
+    alone = rows.gathered or session.model.last_layer is not None or session.known.get("instances go alone", False)
+    if alone or len(chosen) < FEW:
+        return session.losses(role, instances, chosen)
+    found: dict[int, float] = {}
+    watched = {"description": f"{role} losses", "role": role, "chosen": chosen}
+    for indices, window in session.windows(instances, most=WINDOW, **watched):
+        size = rows_at_once(session, instances, window[-1], vectors=1)
+        parts = [window[start : start + size] for start in range(0, len(window), size)]
+        try:
+            right = _have_losses_alike_alone(session, instances, [window[0], *window[1:][-1:]])
+            values = torch.cat([_row_losses(session, instances, part) for part in parts]) if right else None
+        except Exception as error:  # an instance that fails alone too will be named below
+            logger.info("Losses are those of instances alone: %s", error)
+            values = None
+        if values is None:
+            found |= session.losses(role, instances, indices)
+            continue
+        check_finite("loss", role, indices, values)
+        found |= zip(indices, values.tolist(), strict=True)
+    return found
+
+
+FEW = 8
+"""Fewer instances than this have their losses computed alone, as the shortest and the longest would be anyway."""
+
+
+def _row_losses(session: Session, instances: Sequence[Any], some: list[Numbered]) -> Tensor:
+    """Of instances in one batch."""
+    model = session.model
+    with torch.no_grad():
+        return row_losses(model.loss_fn, model.params, session.rows(instances).together(some), len(some))
+
+
+def _have_losses_alike_alone(session: Session, instances: Sequence[Any], ends: list[Numbered]) -> bool:
+    """Whether these have the losses in one batch that they have alone."""
+    alone = torch.cat([_row_losses(session, instances, [one]) for one in ends])
+    return _are_close(_row_losses(session, instances, ends), alone)
+
+
+def _are_close(losses: Tensor, alone: Tensor) -> bool:
+    rtol = torch.finfo(losses.dtype).eps ** 0.5
+    return bool(((losses - alone).abs() <= rtol * alone.abs().clamp(min=1)).all())
 
 
 def _from_stacks(
@@ -95,9 +145,11 @@ def _from_batch(
     yield indices, found
 
 
-def _size(session: Session, instances: Sequence[Any], longest: Numbered) -> int:
-    """How many instances as long as this go into one batch."""
-    most = strategies.rows_at_once(session.model, session.rows(instances).together([longest]), vectors=1)
+def rows_at_once(session: Session, instances: Sequence[Any], longest: Numbered, vectors: int) -> int:
+    """How many instances, none longer than this, go into one batch for a product with so many vectors."""
+    with session.naming("training", instances, [longest[0]]):
+        example = session.rows(instances).together([longest])
+    most = strategies.rows_at_once(session.model, example, vectors)
     return most if session.most_rows is None else min(most, session.most_rows)
 
 
@@ -128,9 +180,8 @@ def _are_alike_alone(session: Session, instances: Sequence[Any], ends: list[Numb
     lengths = norms(gradients)
     expected = torch.stack([tree.vdot(a, b) for _, a in alone for _, b in alone]).reshape(products.shape)
     rtol = torch.finfo(losses.dtype).eps ** 0.5
-    right = ((products - expected).abs() <= rtol * lengths * lengths.unsqueeze(1)).all() & (
-        (together - losses).abs() <= rtol * losses.abs().clamp(min=1)
-    ).all()
-    if not bool(right):
+    of_gradients = ((products - expected).abs() <= rtol * lengths * lengths.unsqueeze(1)).all()
+    right = bool(of_gradients) and _are_close(together, losses)
+    if not right:
         logger.info("Instances are scored alone: in company, their losses or gradients are others.")
-    return bool(right)
+    return right

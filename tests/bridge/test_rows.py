@@ -141,6 +141,58 @@ def test_windows_run_from_the_shortest_instance_to_the_longest():
     assert [len(x) for x in rows.together(windows[0][1])] == [2, 2, 3, 3, 4, 4]
 
 
+@pytest.mark.parametrize("most", [10**6, 100])
+def test_batches_of_windows_are_collated_once_within_bounds(most):
+    data = [text_instance(" ".join(["good"] * count), 1) for count in (4, 1, 3, 2)]
+    vocab, collated = BagOfWords().vocab, []
+
+    def counted(some):
+        collated.append(len(some))
+        return collate(some, vocab=vocab)
+
+    rows = Rows(data, counted, CPU, vocab=vocab, most_bytes=most)
+    ((_, window),) = rows.windows(9, range(4))
+    first = rows.together(window)
+    expected = collate([data[i] for i in (1, 3, 2, 0)], vocab=vocab)
+    same(first, expected)
+    first["label"].zero_()  # which is the caller's own
+    second = rows.together(window)
+    same(second, expected)
+    second["label"].zero_()
+    same(rows.together(window), expected)
+    assert collated == ([4] if most > 1000 else [4, 4, 4])
+    assert rows.kept_bytes == (sum(t.nbytes for t in torch.utils._pytree.tree_leaves(expected)) if most > 1000 else 0)
+    rows.together(window[:2])
+    assert collated[-1] == 2
+
+
+def test_a_users_function_is_asked_each_time():
+    calls = []
+    rows = Rows(of_different_lengths(), lambda some: calls.append(1) or torch.zeros(len(some)), CPU, pads=True)
+    ((_, window),) = rows.windows(10, range(10))
+    rows.together(window)
+    rows.together(window)
+    assert calls == [1, 1]
+
+
+def test_lengths_are_measured_once(monkeypatch):
+    data, measured = of_different_lengths(), []
+    rows = Rows(data, lambda some: some, CPU, pads=True)
+    likeness = rows._likeness
+    monkeypatch.setattr(rows, "_likeness", lambda instance: measured.append(1) or likeness(instance))
+    first, second = (list(rows.windows(10, range(10))) for _ in range(2))
+    assert [i for i, _ in first] == [i for i, _ in second]
+    assert len(measured) == 10
+
+
+def test_instances_that_differ_are_not_collated_to_find_that_out():
+    calls = []
+    rows = Rows(of_different_lengths(), lambda some: calls.append(1) or default_collate(some), CPU)
+    rows.gather()
+    assert not rows.gathered
+    assert not calls
+
+
 def test_windows_of_what_is_held_hold_nothing_more():
     rows = Rows(pairs(5), default_collate, CPU)
     rows.gather()

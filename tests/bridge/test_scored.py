@@ -1,12 +1,14 @@
 """Scores in large padded batches are those of batches of one, and batches of one where they would not be."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from bridge import SimpleInfluence, scored, strategies
-from bridge.scored import scores
+from bridge.scored import losses, scores
 from lissa import tree
 from tests.bridge.fakes import BagOfWords, Reader, pairs, sentences, two_layers
 
@@ -185,3 +187,36 @@ def test_an_instance_whose_score_is_not_finite_is_named():
         ihvps = tree.map(lambda p: torch.ones(1, *p.shape, dtype=p.dtype), session.model.params)
         with pytest.raises(ValueError, match="Training instance 5: its score is not finite"):
             list(scores(session, influence._train, ihvps))
+
+
+def losses_of(influence, chosen):
+    """By index; those of instances alone; how many times the model was called for the former."""
+    calls = []
+    with influence._session() as session:
+        loss_fn = session.model.loss_fn
+        counted = session.model._replace(loss_fn=lambda p, b: calls.append(1) or loss_fn(p, b))
+        got = losses(replace(session, model=counted), influence._train, chosen)
+        expected = {i: float(session.loss_and_gradient("training", influence._train, i)[0]) for i in chosen}
+    return got, expected, len(calls)
+
+
+@pytest.mark.parametrize("case", [*TOGETHER, *ALONE])
+def test_losses_are_those_of_instances_alone(case):
+    influence = {**TOGETHER, **ALONE}[case]()
+    got, expected, calls = losses_of(influence, list(range(10)))
+    assert got == pytest.approx(expected, rel=1e-12)
+    if case in ("texts", "sparse embedding", "packed", "the user's padding"):
+        assert calls == 5  # the longest for its work, both ends alone, the two together, and all
+
+
+def test_a_few_losses_are_computed_alone():
+    got, expected, calls = losses_of(of_packed(), [3, 11, 6])
+    assert got == pytest.approx(expected, rel=1e-12)
+    assert calls >= 3
+
+
+def test_an_instance_whose_loss_is_not_finite_is_named():
+    data = [(torch.ones(1 + i % 3).double() * (torch.nan if i == 5 else 1), torch.tensor(i % 2)) for i in range(12)]
+    influence = SimpleInfluence.from_dataset(Ragged(), data, collate_fn=padded, progress=False)
+    with influence._session() as session, pytest.raises(ValueError, match="Training instance 5: its loss is not fin"):
+        losses(session, influence._train, range(12))
