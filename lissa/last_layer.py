@@ -5,14 +5,11 @@ With `z_i = W a_i + b`, the inputs `a_i`, the gradients `g_i = d loss_i / d z_i`
 parameter dicts; knows nothing of modules or data.
 """
 
-import itertools
-from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lissa import host
 from lissa.hvp import check_twice_differentiable
 from lissa.types import LossFn, Params
 
@@ -88,52 +85,6 @@ class LastLayer(NamedTuple):
         """`H v_k = mean_i (D_i V_k a_i) a_i^T` for K stacked vectors, as `stacked_hvp` of the mean loss."""
         pushed = self.outputs(batch.inputs, vectors).unflatten(1, (-1, batch.gradients.shape[1]))
         return self._pulled(batch.inputs, torch.bmm(pushed, batch.hessians / len(batch.losses)))  # D is symmetric
-
-    def advance(self, batches: Sequence[Expansion], h: Params, v: Params, *, decay: float, rate: float) -> None:
-        """`h_k <- v_k + decay h_k - rate H_t h_k`, in place, for each of S batches in turn, in a few large products.
-
-        A step changes `h` by `v` and by multiples of its batch's inputs. So what the next batches see of `h` follows
-        from `decay^j h_0 + (1 + ... + decay^(j-1)) v` and the inner products of inputs, and `h` is changed once:
-
-            z_j = a_j . h_j = decay^j (a_j . h_0 - rate sum_(i < j) (a_j . a_i) y_i) + (1 + ... + decay^(j-1)) a_j . v
-            y_j = D_j z_j / (B decay^(j+1))
-            h_S = decay^S (h_0 - rate sum_j y_j a_j^T) + (1 + ... + decay^(S-1)) v
-
-        The same numbers up to rounding, if `decay^-S` is moderate. See also blocked triangular solves, which do this.
-
-        Args:
-            batches: Of the next S steps.
-            h: The iterates, stacked; replaced by those S steps later.
-            v: The right-hand sides, stacked.
-            decay: `1 - damping / scale`.
-            rate: `1 / scale`.
-        """
-        sizes = [len(batch.losses) for batch in batches]
-        powers = [decay**j for j in range(len(batches) + 1)]
-        sums = [0.0, *itertools.accumulate(powers[:-1])]
-        a, m = torch.cat([batch.inputs for batch in batches]), batches[0].gradients.shape[1]
-
-        def of_rows(numbers: Iterable[float]) -> Tensor:
-            rows = [x for x, size in zip(numbers, sizes, strict=True) for _ in range(size)]
-            return host.to_device(torch.tensor(rows, dtype=a.dtype), a.device)
-
-        D = torch.cat([batch.hessians for batch in batches])
-        D = D * of_rows(1 / (power * size) for power, size in zip(powers[1:], sizes, strict=True))[:, None, None]
-        gram = self.gram(a)
-        z = self.outputs(a, h) * of_rows(powers[:-1])[:, None] + self.outputs(a, v) * of_rows(sums[:-1])[:, None]
-        y = torch.empty_like(z)
-        start = 0
-        for size, power in zip(sizes, powers[:-1], strict=True):
-            now = slice(start, start + size)
-            z[now].addmm_(gram[now, :start], y[:start], alpha=-rate * power)
-            torch.bmm(z[now].unflatten(1, (-1, m)), D[now], out=y[now].unflatten(1, (-1, m)))
-            start += size
-        for k, t in h.items():
-            if k == self.weight:
-                t.flatten(0, 1).addmm_(y.mT, a, beta=powers[-1], alpha=-rate * powers[-1])
-            else:
-                t.mul_(powers[-1]).sub_(y.sum(0).reshape(t.shape), alpha=rate * powers[-1])
-            t.add_(v[k], alpha=sums[-1])
 
     def gradients(self, batch: Expansion) -> Params:
         """`grad_i = g_i a_i^T` of each example: tensors of shape `(B, *shape)`."""

@@ -6,7 +6,7 @@ Knows the recursion of `lissa.recursion`; knows nothing of where batches come fr
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
@@ -35,19 +35,6 @@ class Linearising(Protocol):
 
     def at(self, batch: Batch) -> Callable[[Params], Params]:
         """`vectors -> H_batch v_k`."""
-        ...
-
-
-@runtime_checkable
-class Stepper(Protocol):
-    """A stacked matvec that takes several steps of the recursion at once, as `lissa.LastLayer` does."""
-
-    def __call__(self, batch: Batch, vectors: Params, /) -> Params:
-        """`H_batch v_k`."""
-        ...
-
-    def advance(self, batches: Sequence[Batch], h: Params, v: Params, *, decay: float, rate: float) -> None:
-        """`h_k <- v_k + decay h_k - rate H_t h_k`, in place, for each batch in turn."""
         ...
 
 
@@ -180,7 +167,7 @@ def solve_lissa_stacked(
         damping: In the units of `H`.
         scale: In the units of `H`. The step size is `1 / scale`; it never changes the answer.
         state: `state` of the solution that an earlier call ended with; given the batches that come next, the result is
-            bit for bit that of one long call (up to rounding, where the matvec is a `Stepper`).
+            bit for bit that of one long call.
         chunks: How many right-hand sides are multiplied by together, and for how many steps; all, if not given.
         throw: Whether a failure raises `SolverError`. If False, it is data: `status` names it, `value` is all NaN.
 
@@ -212,10 +199,7 @@ def solve_lissa_stacked(
     run, c = state or _start(v), damping / scale
     h = tree.map(torch.clone, run.state.h)
     chunks = chunks or Chunks(max(1, len(run.length)))
-    if isinstance(matvec, Stepper) and c <= _MOST_DAMPED:
-        steps: _Steps = _StepsTogether(matvec, h, v, c, scale, chunks)
-    else:
-        steps = _Steps(matvec, h, v, c, scale, chunks)
+    steps = _Steps(matvec, h, v, c, scale, chunks)
     trace: list[Tensor] = []
     taken, before = first, run
     for taken, (batch, last) in enumerate(_marking_the_last(batches), start=first + 1):
@@ -347,19 +331,6 @@ class _Steps:
                 b = torch.sub(v[k], H_h[k], alpha=1 / self.scale)
                 residual[k] = b.sub(t - b, alpha=c / (1 - c))
         return (norms(residual), norms(h)) if residual else None
-
-
-class _StepsTogether(_Steps):
-    """The same with a `Stepper`, for all steps but the last."""
-
-    def __init__(self, matvec: Stepper, h: Params, v: Params, c: float, scale: float, chunks: Chunks):
-        super().__init__(matvec, h, v, c, scale, chunks)
-        self.stepper, self.most = matvec, CHECK_EVERY
-
-    def _take_all(self, batches: list[Batch], last: Batch, look: bool, measure: bool) -> list[tuple[Tensor, Tensor]]:
-        for h, v, _ in self.parts if batches else ():
-            self.stepper.advance(batches, h, v, decay=1 - self.c, rate=1 / self.scale)
-        return super()._take_all([], last, look=True, measure=measure)
 
 
 def _parts(x: Params, size: int) -> list[slice]:

@@ -79,26 +79,6 @@ def test_an_expansion_is_a_batch_whose_rows_can_be_taken(case):
     torch.testing.assert_close(layer.scores(some, vectors), layer.scores(batch, vectors)[:, [4, 1]])
 
 
-@pytest.mark.parametrize("damping", [0.0, 0.3, 30.0])
-@pytest.mark.parametrize("steps", [0, 1, 2, 3, 8, 15, 16, 17, 31, 40])
-def test_steps_taken_together_are_those_taken_one_by_one(case, steps, damping):
-    layer, _, _, batch, vectors = case
-    generator = torch.Generator().manual_seed(1)
-    sizes = torch.randint(1, 5, (steps,), generator=generator).tolist()  # ragged ones among them
-    batches = [lissa.take(batch, torch.randint(B, (size,), generator=generator)) for size in sizes]
-    settings = {"damping": damping, "scale": 50.0, "throw": False}
-    together = lissa.solve_lissa_stacked(layer, vectors, batches, **settings)
-    one_by_one = lissa.solve_lissa_stacked(lambda b, v: layer(b, v), vectors, batches, **settings)
-    assert together.status.tolist() == one_by_one.status.tolist()
-    assert together.steps.tolist() == one_by_one.steps.tolist()
-    for got, expected in (
-        (together.value, one_by_one.value),
-        (together.residual_norm, one_by_one.residual_norm),
-        (together.residual_trace, one_by_one.residual_trace),
-    ):
-        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10, equal_nan=True)
-
-
 def test_a_run_is_continued(case):
     layer, _, _, batch, vectors = case
     batches = [lissa.take(batch, slice(i % 4, i % 4 + 3)) for i in range(40)]
