@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import lissa
-from bridge import progress, scored, strategies
+from bridge import products, progress, scored, strategies
 from bridge.distributed import Ranks
 from bridge.rows import Numbered
 from bridge.session import Session
@@ -56,7 +56,7 @@ def largest_eigenvalue(session: Session, train: Sequence[Any], *, seed: int) -> 
     """The largest eigenvalue of the Hessian on a sample of the training data, from below, by eight products."""
     chosen = _sample(len(train), seed)
     batch = session.batch(train, chosen)
-    matvec = strategies.linearised_product(session.model, batch)
+    matvec = products.linearised_product(session.model, batch)
     generator = torch.Generator().manual_seed(seed)
     return float(lissa.largest_eigenvalue(matvec, session.model.params, generator=generator))
 
@@ -77,7 +77,7 @@ def correlations(session: Session, train: Sequence[Any], vectors: Params, ihvps:
 def _product(session: Session, train: Sequence[Any], vectors: Params, ranks: Ranks) -> Params:
     """`H v` on all training data for K stacked vectors, in batches weighted by their size, each rank on its share."""
     n, share, rows = len(train), ranks.share(len(train)), session.rows(train)
-    product, expanded = strategies.products(session.model), session.model.last_layer is not None
+    product, expanded = products.stacked_products(session.model), session.model.last_layer is not None
     total = tree.zeros_like(vectors)
 
     def add(some: list[Numbered]) -> None:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bridge import recursion, scored, strategies
+from bridge import products, recursion, scored
 from bridge.checkpoint import Record
 from bridge.distributed import Ranks
 from bridge.functional import Functional
@@ -239,7 +239,7 @@ def measured(
         for _ in scored.scores(session, train, vectors, chosen=score_rows, description=""):
             pass
 
-    product = strategies.products(session.model)
+    product = products.stacked_products(session.model)
     some = tree.map(lambda t: t[: one.measured], vectors)
     chunk = _cycled(held, min(one.n, session.rows_at_once(train, max(1, one.measured))))
     per_product = 0.0
@@ -283,7 +283,7 @@ def network_of(ranks: Ranks, otherwise: Network) -> Network:
 def _step_seconds(session: Session, train: Rows, vectors: Params, rows: list[int], steps_of_run: int) -> float:
     """Of one step, as the difference of two runs, so that what a run begins and ends with does not count."""
     alike = steps_of_run if train.gathered else 0
-    solve = recursion.inverse_products(session.model, 1.0, 1e6, steps_alike=alike)  # which numbers does not matter
+    solve = products.inverse_products(session.model, 1.0, 1e6, steps_alike=alike)  # which numbers does not matter
 
     def steps(count: int) -> None:
         solve(vectors, lambda: (session.batch(train, indices) for indices in repeat(rows, count)))

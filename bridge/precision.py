@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bridge import strategies
+from bridge import products
 from bridge.functional import Functional
 from bridge.session import Session
 from lissa import Batch, Params, tree
@@ -44,5 +44,5 @@ def product_error(
     """The largest `|H_low v - H v| / |H v|` of a few vectors on the batch of the instances `indices`."""
     some, batch = tree.map(lambda t: t[:MEASURED], vectors), session.batch(train, indices)
     with session.naming("training", train, indices):
-        rounded, exact = (strategies.products(model)(some, lambda: batch) for model in (low, session.model))
+        rounded, exact = (products.stacked_products(model)(some, lambda: batch) for model in (low, session.model))
     return float((norms(tree.sub(rounded, exact)) / norms(exact)).nan_to_num(0.0).max())

@@ -5,7 +5,7 @@ Knows runs, batches of instances and K stacked right-hand sides; knows nothing o
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from bridge import measurements, progress, strategies
+from bridge import measurements, products, progress, strategies
 from bridge.checkpoint import Record
 from bridge.distributed import Ranks
 from bridge.functional import Functional
@@ -21,17 +21,14 @@ from bridge.rows import Rows
 from bridge.session import Session
 from bridge.solving import Choice, joined_solutions, plain
 from lissa import (
-    Batch,
     LissaRun,
     LissaState,
     Params,
     Solution,
     Status,
-    solve_lissa_last_layer,
     solve_lissa_stacked,
     tree,
 )
-from lissa.output_recursion import most_rows
 
 Run = list[list[int]]
 """The batches of one run, each the indices of its instances."""
@@ -60,7 +57,7 @@ def solver(
     """
     stepping = session if model is None else replace(session, model=model)
     steps_alike = choice.steps if session.rows(train).gathered else 0
-    at_once = inverse_products(stepping.model, choice.damping, choice.scale, steps_alike=steps_alike)
+    at_once = products.inverse_products(stepping.model, choice.damping, choice.scale, steps_alike=steps_alike)
     in_pieces = _in_pieces(stepping, train, choice, ranks)
     at_work: list[int] = []
 
@@ -84,35 +81,6 @@ def solver(
         return solutions[0]._replace(value=value, status=status, relative_residual=residual, samples=samples)
 
     return solve
-
-
-def inverse_products(
-    model: Functional, damping: float, scale: float, *, steps_alike: int = 0
-) -> Callable[[Params, Callable[[], Iterable[Batch]]], Solution]:
-    """See `strategies.inverse_products`: where parameters are those of a last layer, in the space of its outputs."""
-    solve = strategies.inverse_products(model, damping, scale, steps_alike=steps_alike)
-    layer = model.last_layer
-    if layer is None:
-        return solve
-    inputs = 1 if layer.weight is None else model.params[layer.weight].shape[1]
-    outputs = len(next(iter(model.params.values())))
-    held = max(tree.numel(model.params), 4 * most_rows(inputs) * outputs)  # for a right-hand side, in a stretch
-    most = strategies.stack_limit(model)
-    if model.device.type == "cpu":
-        most = min(most, strategies.CACHE_BYTES // strategies.itemsize(model))
-    at_once = max(1, most // held)
-
-    def in_outputs(vectors: Params, make: Callable[[], Iterable[Batch]]) -> Solution:
-        try:
-            return solve_lissa_last_layer(
-                layer, vectors, make(), damping=damping, scale=scale, at_once=at_once, throw=False
-            )
-        except (RuntimeError, MemoryError) as error:
-            if not strategies.is_out_of_memory(error):
-                raise
-            return solve(vectors, make)  # for fewer and fewer at a time
-
-    return in_outputs
 
 
 def _batches(session: Session, train: Rows, run: Run, at_work: list[int]) -> Iterator[Any]:
@@ -160,14 +128,14 @@ def _in_pieces(
     The loop is `solve_lissa_stacked` for any model: what a model refuses is found out product by product, which no
     other process has to know of.
     """
-    products = strategies.products(session.model)
+    product_of = products.stacked_products(session.model)
 
     def matvec(rows: list[int], vectors: Params) -> Params:
         mine = ranks.of_share(rows, len(train))
         if not mine:
             return ranks.sum(tree.zeros_like(vectors))
         with session.naming("training", train, mine):
-            product = products(vectors, lambda: session.batch(train, mine))
+            product = product_of(vectors, lambda: session.batch(train, mine))
         return ranks.sum(product, len(mine) / len(rows))
 
     def solve_some(vectors: Params, run: Run, record: Record) -> dict[str, Any]:
@@ -191,7 +159,7 @@ def _in_pieces(
                 record.put("state", _as_dict(state))
 
     def solve(vectors: Params, run: Run, record: Record) -> Solution:
-        K, size = strategies.length(vectors), strategies.vectors_at_once(session.model)
+        K, size = strategies.length(vectors), products.vectors_at_once(session.model)
         parts = [
             record.once(f"vectors {k}", partial(solve_some, tree.map(lambda t, k=k: t[k : k + size], vectors), run))
             for k in range(0, K, size)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from bridge import strategies
+from bridge import products, strategies
 from bridge.checkpoint import Record
 from bridge.distributed import Ranks
 from bridge.session import Session
@@ -209,7 +209,7 @@ def on_all_data(
             solve_one = partial(_follow, plan, session, train, matvec, full, seed, ranks)
         if ranks.size == 1:
             task = "inverse Hessian-vector products"
-            return strategies.for_each_vector(task, lambda v, _: solve_one(v))(vectors, lambda: None)
+            return products.for_each_vector(task, lambda v, _: solve_one(v))(vectors, lambda: None)
         # One process must not fall back on a slower way while the others sum the first: all try it alone before.
         if all(ranks.gathered(not batches or _runs_stacked(matvec, batches[0], vectors))):
             return torch.vmap(solve_one, randomness="same")(vectors)
@@ -236,8 +236,8 @@ def _stacked_product(session: Session, matvec: BatchMatvec, much: bool) -> Batch
     if session.model.last_layer is not None:
         return session.model.last_layer
     loss_fn, params = session.model.loss_fn, session.model.params
-    recorded = traced(partial(strategies.product_of_each, loss_fn, params))
-    product = strategies.for_each_vector(
+    recorded = traced(partial(products.product_of_each, loss_fn, params))
+    product = products.for_each_vector(
         "Hessian-vector products",
         lambda v, batch: matvec(batch, v),
         *([lambda vectors, batch: recorded(batch, vectors)] if much else []),
@@ -326,6 +326,6 @@ def _matvec(session: Session, batch: Any) -> BatchMatvec:
     """`matvec(batch, v)` for one vector, in the mode that suits batches like this one, if there is any."""
     model = session.model
     if model.last_layer is not None:
-        return strategies.of_one(model.last_layer)
+        return products.of_one(model.last_layer)
     mode = "auto" if batch is None else choose_mode(model.loss_fn, model.params, batch)
     return partial(hvp, model.loss_fn, model.params, mode=mode)

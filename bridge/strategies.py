@@ -1,12 +1,11 @@
-"""Each computation first the fast way, for all examples or vectors at once, and one by one for models that refuse.
+"""Each computation on examples first the fast way, for all at once, and one by one for models that refuse.
 
 `torch.vmap` and forward mode do not take every model: packed sequences, branches on the data, `.item()`. Here the
 choice is made, by trying, and said once. Knows losses, batches and vectors; knows nothing of instances or modules.
 """
 
 import logging
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,25 +17,17 @@ from bridge.functional import Functional, example_losses, loss_and_gradient, row
 from bridge.row_losses import row_losses
 from lissa import (
     Batch,
-    BatchMatvec,
     Expansion,
-    LossFn,
     Params,
-    Solution,
     SolverError,
-    hvp,
     influence_scores,
     scoring_plan,
-    solve_lissa,
-    solve_lissa_stacked,
     take,
-    traced,
     tree,
 )
 from lissa.influence import scores_of_graph
 from lissa.lstm import DirectionalLSTM
 from lissa.scoring import ScoringPlan, forward_work, plan_scoring
-from lissa.stacked import Chunks, StackedHvp, StackedMatvec, linearised_stacked_hvp
 
 logger = logging.getLogger(__name__)
 
@@ -247,142 +238,6 @@ def losses(model: Functional) -> Callable[[Batch], Tensor]:
             return torch.stack([model.loss_fn(model.params, row) for row in rows(stack)])
 
     return first_that_runs("losses", at_once, one_by_one)
-
-
-def for_each_vector(
-    task: str,
-    fn: Callable[[Params, Any], Any],
-    *stacked: Callable[[Params, Any], Any],
-    chunk_size: int | None = None,
-) -> Callable[[Params, Any], Any]:
-    """`(v_1, ..., v_K), make -> fn(v_k, make())` for all k, stacked; the first way that runs is kept.
-
-    Args:
-        task: What it is, in words.
-        fn: A function of one vector and what `make` makes, anew for each attempt: by vmap, or one vector by one.
-        *stacked: Functions of K stacked vectors that do the same and are tried before.
-        chunk_size: Most vectors in one vmap.
-    """
-
-    def all_stacked(one: Callable[[Params, Any], Any]) -> Callable[[Params, Callable[[], Any]], Any]:
-        return lambda vectors, make: one(vectors, make())
-
-    def at_once(vectors: Params, make: Callable[[], Any]) -> Any:
-        return torch.vmap(lambda v: fn(v, make()), randomness="same", chunk_size=chunk_size)(vectors)
-
-    def one_by_one(vectors: Params, make: Callable[[], Any]) -> Any:
-        results = [fn(vector, make()) for vector in rows(vectors)]
-        return pytree.tree_map(lambda *leaves: torch.stack(leaves), *results)
-
-    return first_that_runs(task, *map(all_stacked, stacked), at_once, one_by_one)
-
-
-def products(model: Functional) -> Callable[[Params, Callable[[], Batch]], Params]:
-    """`(v_1, ..., v_K), make -> H v_k` on the batch that `make` makes, stacked."""
-    matvec = partial(hvp, model.loss_fn, model.params)
-    stacked = stacked_matvec(model)
-    return for_each_vector(
-        "Hessian-vector products", lambda v, batch: matvec(batch, v), lambda vectors, batch: stacked(batch, vectors)
-    )
-
-
-def linearised_product(model: Functional, batch: Batch) -> Callable[[Params], Params]:
-    """`v -> H v` at one batch, with the gradient's graph built once, unless the model has no second derivative."""
-
-    def at_once(v: Params) -> Params:
-        graph.append(linearised_stacked_hvp(model.loss_fn, model.params, batch)) if not graph else None
-        return tree.map(lambda t: t[0], graph[0](tree.map(lambda t: t.unsqueeze(0), v)))
-
-    if model.last_layer is not None:
-        return partial(of_one(model.last_layer), batch)
-    graph: list[Callable[[Params], Params]] = []
-    return first_that_runs("Hessian-vector products", at_once, lambda v: hvp(model.loss_fn, model.params, batch, v))
-
-
-def inverse_products(
-    model: Functional, damping: float, scale: float, *, steps_alike: int = 0
-) -> Callable[[Params, Callable[[], Iterable[Batch]]], Solution]:
-    """`(v_1, ..., v_K), make -> (H + damping I)^-1 v_k` by LiSSA on the batches that `make` makes, stacked.
-
-    On a CPU, a few vectors at a time, so that what a step passes over stays in the cache.
-
-    Args:
-        model: The model.
-        damping: In the units of the Hessian.
-        scale: In the units of the Hessian.
-        steps_alike: Steps on batches of one or two shapes, if all batches are. Of many steps, the product is recorded
-            and replayed.
-    """
-    settings = {"damping": damping, "scale": scale, "throw": False}
-    matvec, stacked = partial(hvp, model.loss_fn, model.params), stacked_matvec(model)
-    recorded = traced(partial(product_of_each, model.loss_fn, model.params))
-    most = vectors_at_once(model)
-    chunks = Chunks(most, GRAPHS if most > 1 else 1)
-
-    def solver(*matvecs: StackedMatvec) -> Callable[[Params, Callable[[], Iterable[Batch]]], Solution]:
-        return for_each_vector(
-            "inverse Hessian-vector products",
-            lambda v, batches: solve_lissa(matvec, v, batches, **settings),
-            *(partial(solved_together, each) for each in matvecs),
-            chunk_size=most,
-        )
-
-    def solved_together(matvec: StackedMatvec, vectors: Params, batches: Iterable[Batch]) -> Solution:
-        return solve_lissa_stacked(matvec, vectors, batches, **settings, chunks=chunks)
-
-    solve, solve_recorded = solver(stacked), solver(recorded, stacked)
-
-    def in_groups(vectors: Params, make: Callable[[], Iterable[Batch]]) -> Solution:
-        K = size = length(vectors)
-        record = steps_alike * -(-K // most) >= MANY_STEPS and model.last_layer is None
-        solve_some = solve_recorded if record else solve
-        parts: list[Solution] = []
-        start = 0
-        while start < K:
-            try:
-                some = {name: t[start : start + size] for name, t in vectors.items()}
-                parts.append(solve_some(some, make)._replace(state=()))
-                start += size
-            except (RuntimeError, MemoryError) as error:
-                if size == 1 or not is_out_of_memory(error):
-                    raise
-                size = -(-size // 2)
-                logger.warning("Out of memory: going on with %d right-hand sides at a time.", size)
-        return parts[0] if len(parts) == 1 else pytree.tree_map(lambda *t: torch.cat(t), *parts)
-
-    return in_groups
-
-
-def stacked_matvec(model: Functional) -> StackedMatvec:
-    """`matvec(batch, (v_1, ..., v_K)) -> H v_k`, stacked."""
-    return StackedHvp(model.loss_fn, model.params) if model.last_layer is None else model.last_layer
-
-
-def of_one(matvec: StackedMatvec) -> BatchMatvec:
-    """`matvec(batch, v) -> H v` for one vector."""
-    return lambda batch, v: tree.map(lambda t: t[0], matvec(batch, tree.map(lambda t: t.unsqueeze(0), v)))
-
-
-def vectors_at_once(model: Functional) -> int:
-    """How many vectors LiSSA steps through together."""
-    bytes_of_one = sum(p.nbytes for p in model.params.values())
-    return max(1, CACHE_BYTES // bytes_of_one) if model.device.type == "cpu" else stack_limit(model)
-
-
-def product_of_each(loss_fn: LossFn, params: Params, batch: Batch, vectors: Params) -> Params:
-    """`H v_k` of K stacked vectors by `torch.func` alone, which a recording takes."""
-    of_one = partial(hvp, loss_fn, params, batch, mode="reverse-over-reverse")
-    return torch.vmap(of_one)(vectors)
-
-
-MANY_STEPS = 500
-"""Steps from which on a recording of the product pays: it takes 50 to 200 ms and saves about 0.3 ms a step."""
-
-GRAPHS = 16
-"""Graphs of a loss that are kept at a time, where vectors are small and graphs are therefore too."""
-
-CACHE_BYTES = 2**23
-"""The size of a stack of vectors that LiSSA steps through at a time on a CPU: several such fit into a shared cache."""
 
 
 def stack_vectors(vectors: list[Params]) -> Params:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bridge import SimpleInfluence, plan, scored, strategies
+from bridge import SimpleInfluence, plan, products, scored
 from bridge.cli import main
 from bridge.plan import Network, Rates, Work, predicted
 from tests.bridge.fakes import linear, pairs, two_layers
@@ -60,7 +60,7 @@ def test_the_probe_measures_what_the_run_does(monkeypatch):
     monkeypatch.setattr(plan, "PROBE_SECONDS", 0.0)
     now = [0.0]
     monkeypatch.setattr(plan.time, "perf_counter", lambda: now[0])
-    inverse, score = strategies.inverse_products, scored.scores
+    inverse, score = products.inverse_products, scored.scores
 
     def timed_inverse(*args, **kwargs):
         solve = inverse(*args, **kwargs)
@@ -77,7 +77,7 @@ def test_the_probe_measures_what_the_run_does(monkeypatch):
             now[0] += 0.25 * len(indices)
             yield indices, scores
 
-    monkeypatch.setattr(strategies, "inverse_products", timed_inverse)
+    monkeypatch.setattr(products, "inverse_products", timed_inverse)
     monkeypatch.setattr(scored, "scores", timed_score)
     found = influence(lissa_batch_size=60).plan(pairs(3, seed=1), ranks=[1, 2], tests=6, together=3, n=1200)
     for one in found:

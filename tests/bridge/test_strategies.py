@@ -91,46 +91,6 @@ def test_every_way_gives_the_same(refuses, limit, monkeypatch):
     torch.testing.assert_close(strategies.scores(fn)(vectors, STACK), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("refuses", [False, True])
-def test_for_each_vector_hands_every_vector_the_same_things(refuses):
-    def fn(v, things):
-        if refuses:
-            v["x"].sum().item()
-        return {"x": v["x"] + sum(things)}
-
-    run = strategies.for_each_vector("sums", fn)
-    got = run({"x": torch.tensor([[1.0], [2.0]])}, lambda: iter([10, 20]))
-    assert got["x"].tolist() == [[31.0], [32.0]]
-
-
-@pytest.mark.parametrize("cache", [2**23, 1])
-def test_inverse_products_do_not_depend_on_how_many_are_taken_at_a_time(cache, monkeypatch):
-    monkeypatch.setattr(strategies, "CACHE_BYTES", cache)
-    vectors = {"w": torch.eye(2, dtype=torch.float64), "b": torch.tensor([0.0, 1.0], dtype=torch.float64)}
-    made = []
-
-    def batches():
-        made.append(1)
-        return [(X,)] * 200
-
-    solution = strategies.inverse_products(model(), 1.0, 60.0)(vectors, batches)
-    H = torch.diag(torch.cat([(6 * W * X**3).mean(0), torch.zeros(1, dtype=torch.float64)])) + torch.eye(3)
-    v = torch.cat([vectors["w"], vectors["b"].unsqueeze(1)], 1)
-    got = torch.cat([solution.value["w"], solution.value["b"].unsqueeze(1)], 1)
-    expected = torch.stack([lissa_closed_form(H, row, 60.0, 200) for row in v])
-    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
-    assert len(made) == 1
-    assert solution.steps.tolist() == [200, 200]
-
-
-def lissa_closed_form(A, v, scale, steps):
-    """`h_T / scale` of `h <- v + (I - A / scale) h` from `h_0 = v`."""
-    M, h = torch.eye(len(A), dtype=A.dtype) - A / scale, v
-    for _ in range(steps):
-        h = v + M @ h
-    return h / scale
-
-
 def test_out_of_memory_halves_the_stack_until_it_fits():
     seen = []
 
@@ -157,46 +117,3 @@ def test_an_example_that_does_not_fit_alone_is_an_error_and_so_is_anything_else(
         strategies.in_halves(fails)({}, torch.arange(2))
     with pytest.raises(RuntimeError, match="no such rule"):
         strategies.in_halves(refuses)({}, torch.arange(2))
-
-
-@pytest.mark.parametrize("steps_alike", [0, strategies.MANY_STEPS])
-def test_recorded_and_plain_products_solve_the_same(steps_alike, monkeypatch):
-    monkeypatch.setattr(strategies, "CACHE_BYTES", 2 * 6 * 8)  # two vectors at a time
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(12, 6, generator=generator, dtype=torch.float64)
-
-    def loss_fn(params, x):
-        return (x @ params["w"]).cosh().log().mean()
-
-    params = {"w": torch.randn(6, generator=generator, dtype=torch.float64)}
-    model = Functional(params, loss_fn, torch.device("cpu"), loss_fn, loss_fn)
-    solve = strategies.inverse_products(model, 0.1, 20.0, steps_alike=steps_alike)
-    vectors = {"w": torch.randn(5, 6, generator=generator, dtype=torch.float64)}
-    got = solve(vectors, lambda: [x[i : i + 4] for i in range(0, 12, 4)] * 3)
-
-    h = vectors["w"].clone()
-    for i in [0, 4, 8] * 3:
-        H = torch.func.hessian(lambda w, i=i: loss_fn({"w": w}, x[i : i + 4]))(params["w"])
-        h = vectors["w"] + h - (h @ H + 0.1 * h) / 20.0
-    torch.testing.assert_close(got.value["w"], h / 20.0, rtol=1e-12, atol=0)
-    assert got.residual_norm.shape == (5,)
-
-
-def test_right_hand_sides_that_do_not_fit_together_are_solved_for_in_smaller_groups(monkeypatch):
-    def two_at_most(vectors, batches):
-        if len(vectors["w"]) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return solve(matvec, vectors, batches, damping=0.0, scale=4.0)
-
-    def matvec(batch, vectors):
-        return {"w": batch * vectors["w"]}
-
-    solve = strategies.solve_lissa_stacked
-    monkeypatch.setattr(
-        strategies, "solve_lissa_stacked", lambda matvec, v, batches, **settings: two_at_most(v, batches)
-    )
-    model = Functional({"w": torch.ones(3)}, None, torch.device("cpu"), None, None)
-    vectors = {"w": torch.arange(15.0).reshape(5, 3)}
-    got = strategies.inverse_products(model, 0.0, 4.0)(vectors, lambda: [torch.full((3,), 2.0)] * 60)
-    torch.testing.assert_close(got.value["w"], vectors["w"] / 2)
-    assert got.status.shape == (5,)
