@@ -156,7 +156,7 @@ def scores_of_graph(losses: Tensor, leaves: Params, ihvp: Params) -> Tensor:
         gradient = tuple(map(dense, gradient))
     vectors = tuple(ihvp[k].detach() for k in leaves)
     with twice_differentiable():
-        return pulled_back(gradient, (u,), vectors, at_once=max(1, PULLED_AT_ONCE // len(losses)))[0]
+        return pulled_back(gradient, (u,), vectors, at_once=max(1, PULLED_AT_ONCE // max(1, len(losses))))[0]
 
 
 PULLED_AT_ONCE = 1024

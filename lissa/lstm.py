@@ -35,7 +35,7 @@ class DirectionalLSTM(TorchFunctionMode):
         >>> with DirectionalLSTM():
         ...     loss = lstm(x)[0].square().sum()
         >>> gradient = torch.autograd.grad(loss, x, create_graph=True)
-        >>> torch.autograd.grad(gradient, x, torch.ones(1, 4, 1, 2))[0].shape
+        >>> torch.autograd.grad(gradient, x, [torch.ones(4, 1, 2)])[0].shape
         torch.Size([4, 1, 2])
     """
 
