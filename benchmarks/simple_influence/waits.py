@@ -26,7 +26,7 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 
 def counted(workload: workloads.Workload, steps: int) -> Counter[str]:
     """What a job calls of the driver, by name, and the kernels and copies on the GPU."""
-    settings: dict[str, Any] = {"recursion_depth": steps, "measure_residual": False}
+    settings: dict[str, Any] = {"recursion_depth": steps, "measure_residual": False, **workload.settings}
     jobs.ours(workload, TESTS, settings)
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiler:
@@ -45,7 +45,7 @@ def counted(workload: workloads.Workload, steps: int) -> Counter[str]:
 def main() -> None:
     torch.set_num_threads(1)
     rows = []
-    for name in workloads.WORKLOADS:
+    for name in filter(workloads.installed, workloads.WORKLOADS):
         workload = workloads.make(name, "cuda")
         few, many = (counted(workload, steps) for steps in STEPS)
         steps = STEPS[1] - STEPS[0]

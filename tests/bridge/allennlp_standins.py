@@ -14,12 +14,14 @@ import types
 import warnings
 
 import pytest
-import torch
 
 NOT_NEEDED = (
     "torchvision", "transformers", "spacy", "fairscale", "cached_path", "lmdb", "h5py", "nltk", "sklearn", "scipy",
     "tensorboardX", "huggingface_hub", "termcolor", "base58", "dill", "more_itertools", "requests",
 )  # fmt: skip
+
+TOO_NEW = ("transformers", "huggingface_hub", "torchvision")
+"""Where these are there, they lack what AllenNLP imports from them."""
 
 
 class _Anything(types.ModuleType):
@@ -59,20 +61,20 @@ def import_allennlp():
         return sys.modules["allennlp"]
     if importlib.util.find_spec("allennlp") is None:
         pytest.skip("AllenNLP is not installed (pip install --no-deps allennlp==2.10.1)", allow_module_level=True)
-    missing = {name for name in NOT_NEEDED if importlib.util.find_spec(name) is None}
-    finder = _StandIns(missing)
-    sys.meta_path.append(finder)
+    replaced = {name for name in NOT_NEEDED if name in TOO_NEW or importlib.util.find_spec(name) is None}
+    real = {name: module for name, module in sys.modules.items() if name.split(".")[0] in replaced}
+    for name in real:
+        del sys.modules[name]
+    finder = _StandIns(replaced)
+    sys.meta_path.insert(0, finder)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if "transformers" not in missing:
-                transformers = importlib.import_module("transformers")
-                importlib.import_module("transformers.processing_utils")
-                transformers.AdamW = torch.optim.AdamW
             for name in ("data", "data.data_loaders", "models", "interpret.influence_interpreters", "common"):
                 importlib.import_module(f"allennlp.{name}")
     finally:
         sys.meta_path.remove(finder)
-        for name in [name for name in sys.modules if name.split(".")[0] in missing]:
+        for name in [name for name in sys.modules if name.split(".")[0] in replaced]:
             del sys.modules[name]
+        sys.modules.update(real)
     return sys.modules["allennlp"]
