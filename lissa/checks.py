@@ -35,7 +35,7 @@ def params(call: str, value: Any, name: str = "params") -> None:
 def point(call: str, value: Any) -> None:
     """`value` must be parameters, and derivatives at it possible here.
 
-    Before torch 2.12, inference mode makes those of torch.func zero without a word.
+    In torch 2.11 and before, inference mode makes those of torch.func zero without a word.
     """
     params(call, value)
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled() and not differentiates_in_inference():

@@ -133,7 +133,7 @@ def hvp_reverse_over_reverse(loss_fn: LossFn, params: Params, batch: Batch, v: P
         return _all_dense(grad(loss_fn)(params, batch))
 
     pullback = vjp(gradient, params)[1]
-    return pullback(v)[0]
+    return tree.map(dense, pullback(v)[0])  # in torch 2.6, sparse embeddings make it sparse
 
 
 @_strategy("reverse-over-forward")

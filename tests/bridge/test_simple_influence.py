@@ -655,7 +655,7 @@ def test_compat_takes_train_gradients_in_train_mode_and_rounds_scores():
 
 
 def test_inference_mode_changes_nothing():
-    """Before torch 2.12, torch.func takes derivatives for zero in it."""
+    """In torch 2.11 and before, torch.func takes derivatives for zero in it."""
     data, tests = pairs(20), pairs(2, seed=1)
     for model in (linear(), two_layers()):
         expected = interpreter(model, data).scores(tests)

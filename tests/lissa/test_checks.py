@@ -189,7 +189,7 @@ def test_numbers_of_other_libraries_are_numbers():
 @pytest.mark.parametrize("name", [*MODES, "ggnvp", "stacked_hvp", "influence_scores", "per_example_gradients"])
 @pytest.mark.parametrize("differentiates", [True, False], ids=["as torch is", "as torch was"])
 def test_in_inference_mode_derivatives_are_right_or_an_error(name, differentiates, monkeypatch):
-    """Before torch 2.12 those of torch.func are zero there, without a word."""
+    """In torch 2.11 and before, those of torch.func are zero there, without a word."""
     problem = mlp()
     v = random_vector(problem)
     calls = {
