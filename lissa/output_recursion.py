@@ -17,8 +17,8 @@ from torch import Tensor
 from lissa import checks, host, outcome, tree
 from lissa.last_layer import Expansion, LastLayer
 from lissa.outcome import RUNNING
-from lissa.recursion import CHECK_EVERY, LissaRun, LissaState, judge_step
-from lissa.stacked import norms, vdots
+from lissa.recursion import CHECK_EVERY, LissaRun
+from lissa.stacked import judged, norms, start_stacked, vdots
 from lissa.types import Params, Solution, Status
 
 
@@ -82,7 +82,7 @@ def solve_lissa_last_layer(
     K = len(next(iter(v.values())))
     size = at_once or max(1, K)
     parts = [slice(k, k + size) for k in range(0, K, size)]
-    run, h, trace = _start(v), v, list[Tensor]()
+    run, h, trace = start_stacked(v), v, list[Tensor]()
     for batches_of_stretch in _stretches(batches, c):
         stretch = _Stretch(layer, batches_of_stretch, c, 1 / scale)
         fresh = h is v
@@ -263,27 +263,12 @@ def _before(changes: Tensor, first: Tensor) -> Tensor:
     return torch.cat([first.unsqueeze(0), changes[:-1]]).cumsum(0)
 
 
-def _start(v: Params) -> LissaRun:
-    """`h_0 = v`, as `lissa_init` has it; the iterate is kept elsewhere."""
-    length = norms(v)
-    none = torch.zeros_like(length, dtype=torch.int64)
-    status = torch.where(length.isfinite(), none + RUNNING, none + Status.NOT_FINITE)
-    return LissaRun(LissaState({}, length, none), {}, status, length, rising=none, settled=none)
-
-
 def _judged(run: LissaRun, residual_norms: Tensor, sizes: Tensor, trace: list[Tensor], before: int) -> LissaRun:
     """After a stretch that came after `before` steps: judged at its end and where `solve_lissa_stacked` does."""
     last = before + len(sizes)
     looks = [step for step in range(before + 1, last + 1) if step in (1, 4, last) or step % CHECK_EVERY == 0]
     for start, step in itertools.pairwise([before, *looks]):
         some = residual_norms[start - before : step - before]
-        running = run.status == RUNNING
-        trace.append(torch.where(running, some, torch.nan))
-        judged = judge_step(run, some[-1], sizes[step - before - 1], torch.full_like(run.state.step, step), rtol=None)
-        kept = LissaState(
-            {},
-            torch.where(running, some[-1], run.state.residual_norm),
-            torch.where(running, step, run.state.step),
-        )
-        run = judged._replace(state=kept)
+        trace.append(torch.where(run.status == RUNNING, some, torch.nan))
+        run = judged(run, some[-1], sizes[step - before - 1], step)
     return run

@@ -196,7 +196,7 @@ def solve_lissa_stacked(
     for name, count in (chunks._asdict() if chunks else {}).items():
         checks.count("solve_lissa_stacked", f"chunks.{name}", count)
     first = 0 if state is None else host.largest(state.state.step)
-    run, c = state or _start(v), damping / scale
+    run, c = state or start_stacked(v), damping / scale
     h = tree.map(torch.clone, run.state.h)
     chunks = chunks or Chunks(max(1, len(run.length)))
     steps = _Steps(matvec, h, v, c, scale, chunks)
@@ -209,7 +209,8 @@ def solve_lissa_stacked(
         if found is None:
             trace.append(torch.full_like(run.length, torch.nan))
         else:
-            run = _judged(run, *found, taken, trace)
+            trace.append(torch.where(run.status == RUNNING, found[0], torch.nan))
+            run = judged(run, *found, taken)
         if look:
             before = run
         if taken % CHECK_EVERY == 0 and not host.any_true(run.status == RUNNING):
@@ -245,23 +246,22 @@ def _is_look(step: int) -> bool:
     return step in (1, 4) or step % CHECK_EVERY == 0
 
 
-def _start(v: Params) -> LissaRun:
-    """`h_0 = v`, as `lissa_init` has it."""
+def start_stacked(v: Params) -> LissaRun:
+    """`h_0 = v` for K stacked right-hand sides, as `lissa_init` has it for one."""
     length = norms(v)
     none = torch.zeros_like(length, dtype=torch.int64)
     status = torch.where(length.isfinite(), none + RUNNING, none + Status.NOT_FINITE)
     return LissaRun(LissaState(v, length, none), {}, status, length, rising=none, settled=none)
 
 
-def _judged(run: LissaRun, residual_norm: Tensor, size: Tensor, step: int, trace: list[Tensor]) -> LissaRun:
+def judged(run: LissaRun, residual_norm: Tensor, size: Tensor, step: int) -> LissaRun:
     """Judges the step; what has failed goes on, as its value is NaN in the end anyway, but keeps its record."""
     running = run.status == RUNNING
-    trace.append(torch.where(running, residual_norm, torch.nan))
-    judged = judge_step(run, residual_norm, size, torch.full_like(run.state.step, step), rtol=None)
+    after = judge_step(run, residual_norm, size, torch.full_like(run.state.step, step), rtol=None)
     kept = LissaState(
         {}, torch.where(running, residual_norm, run.state.residual_norm), torch.where(running, step, run.state.step)
     )
-    return judged._replace(state=kept)
+    return after._replace(state=kept)
 
 
 def _marking_the_last(batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
