@@ -22,7 +22,7 @@ from lissa.influence import influence_scores, per_example_gradients, scoring_pla
 from lissa.last_layer import Expansion, LastLayer, expansion_of_graph
 from lissa.leave_one_out import leave_one_out_scores
 from lissa.operators import mean_matvec
-from lissa.output_recursion import solve_lissa_last_layer
+from lissa.output_recursion import solve_lissa_in_outputs, solve_lissa_last_layer
 from lissa.preconditioners import diagonal_preconditioner, nystroem_preconditioner
 from lissa.ranking import Ranking, ranking_init, ranking_update
 from lissa.recursion import LissaRun, LissaState, lissa_init, lissa_update, solve_lissa
@@ -99,6 +99,7 @@ __all__ = [
     "solve_cg",
     "solve_dense",
     "solve_lissa",
+    "solve_lissa_in_outputs",
     "solve_lissa_last_layer",
     "solve_lissa_stacked",
     "solve_minres",

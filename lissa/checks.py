@@ -81,6 +81,12 @@ def is_stacked(call: str, like: Params, value: Any, name: str) -> bool:
     return stacked
 
 
+def stacked_vectors(call: str, like: Params, value: Any, name: str) -> None:
+    """`value` must hold K >= 1 vectors of the keys, shapes, dtypes and devices of `like`."""
+    stacked(call, value, name)
+    vector(call, like, tree.map(lambda t: t[0], value), name)
+
+
 def stacked(call: str, value: Any, name: str) -> None:
     """`value` must hold K >= 1 vectors: each tensor with a dimension of the same size K in front."""
     params(call, value, name)

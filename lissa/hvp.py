@@ -377,16 +377,29 @@ def pulled_back(
         (tensor([[2., 0.],
                 [0., 4.]]),)
     """
-    K, pulled = len(cotangents[0]), partial(pull_back, outputs, leaves, retain_graph=True)
+    pulled = partial(pull_back, outputs, leaves, retain_graph=True)
+    if not len(cotangents[0]):
+        return tuple(p.new_empty(0, *p.shape) for p in leaves)
+    return over_stack(pulled, tuple(cotangents), at_once=at_once)
+
+
+def over_stack(
+    pulled: Callable[[Sequence[Tensor]], tuple[Tensor, ...]],
+    cotangents: tuple[Tensor, ...],
+    *,
+    at_once: int | None = None,
+) -> tuple[Tensor, ...]:
+    """`pulled` of each of K >= 1 stacked cotangents, stacked: by `torch.vmap`, or in turn where that is refused."""
+    K = len(cotangents[0])
     if K > 1 and at_once != 1:  # of one vector, vmap takes twice as long
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "There is a performance drop")  # of what vmap loops over
-                return torch.vmap(pulled, chunk_size=at_once)(tuple(cotangents))
+                return torch.vmap(pulled, chunk_size=at_once)(cotangents)
         except RuntimeError as error:
             logger.debug("One vector at a time, because: %s", error)
     found = [pulled([c[k] for c in cotangents]) for k in range(K)]
-    return tuple(map(torch.stack, zip(*found, strict=True))) if K else tuple(p.new_empty(0, *p.shape) for p in leaves)
+    return tuple(map(torch.stack, zip(*found, strict=True)))
 
 
 class SparseGradientError(NotImplementedError):

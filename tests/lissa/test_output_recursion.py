@@ -1,12 +1,27 @@
-"""LiSSA in the outputs of a layer against the same steps taken one by one."""
+"""LiSSA in the outputs of layers against the same steps taken one by one on all entries."""
+
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import lissa
-from lissa import LastLayer, Status, expansion_of_graph, solve_lissa_last_layer, solve_lissa_stacked
-from lissa.output_recursion import most_rows
+from lissa import (
+    LastLayer,
+    Status,
+    expansion_of_graph,
+    solve_lissa_in_outputs,
+    solve_lissa_last_layer,
+    solve_lissa_stacked,
+)
+from lissa.output_recursion import numbers_in_outputs
+from lissa.stacked import StackedHvp
+from lissa.stretches import most_rows
+from tests import problems
+from tests.problems import random_vectors
 
 ROWS, K, D, M = 7, 4, 5, 3
 
@@ -138,3 +153,163 @@ def test_arguments_are_checked(case):
     for wrong in ({"scale": 0.0}, {"damping": -1.0}, {"at_once": 0}):
         with pytest.raises(ValueError, match="solve_lissa_last_layer"):
             solve_lissa_last_layer(layer, vectors, [batch], **wrong)
+
+
+# ---------------------------------------------------------------------- through any graph
+
+ZOO = {
+    "mlp": problems.mlp,
+    "embedding": partial(problems.bag_of_words, kind=nn.Embedding),
+    "packed lstm": partial(problems.recurrent, kind=nn.LSTM, packed=True),
+    "tied weights": problems.tied_weights,
+    "transformer": problems.transformer,
+}
+
+
+def rows_of(problem, steps, *, most=3):
+    """Batches of some of the problem's examples, each with a size of its own."""
+    generator = torch.Generator().manual_seed(1)
+    n = len(pytree.tree_leaves(problem.batch)[0])
+    counts = torch.randint(1, most + 1, (steps,), generator=generator).tolist()
+    return [lissa.take(problem.batch, torch.randperm(n, generator=generator)[:count]) for count in counts]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"at_once": 2}, {"steps_at_once": 5}, {"damping": 0.0}, {"damping": 700.0}],
+    ids=["plain", "in parts", "short stretches", "no damping", "strong damping"],
+)
+@pytest.mark.parametrize("steps", [1, 37])
+@pytest.mark.parametrize("model", ZOO)
+def test_in_outputs_the_solution_is_that_of_all_entries(model, steps, settings):
+    problem = ZOO[model](seed=0)
+    vectors, batches = random_vectors(problem, 3), rows_of(problem, steps)
+    common = {"damping": 10.0, "scale": 1000.0} | {k: v for k, v in settings.items() if k == "damping"}
+    own = {k: v for k, v in settings.items() if k != "damping"}
+    got = solve_lissa_in_outputs(problem.loss_fn, problem.params, vectors, batches, **common, **own)
+    expected = solve_lissa_stacked(StackedHvp(problem.loss_fn, problem.params), vectors, batches, **common)
+    assert got.status.tolist() == expected.status.tolist() == [Status.FINISHED] * 3
+    assert got.steps.tolist() == expected.steps.tolist()
+    torch.testing.assert_close(got.value, expected.value, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(got.residual_norm, expected.residual_norm, rtol=1e-6, atol=1e-6)
+    assert got.residual_trace.shape == (3, steps)
+
+
+def wide(seed=0):
+    """A layer of data whose losses differ in curvature, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(12, D, generator=generator, dtype=torch.float64)
+    params = {"W": torch.randn(M, D, generator=generator, dtype=torch.float64)}
+    vectors = {"W": torch.randn(K, M, D, generator=generator, dtype=torch.float64)}
+    return params, vectors, [x[i : i + 4] for i in (0, 4, 8)]
+
+
+def soft(params, x):
+    return F.linear(x, params["W"]).logsumexp(1).mean()
+
+
+def steep(params, x):
+    return F.linear(x, params["W"]).square().sum(1).mean()
+
+
+def test_it_solves_the_system():
+    params, vectors, (x, *_) = wide()
+    got = solve_lissa_in_outputs(soft, params, vectors, [x] * 2000, damping=0.5, scale=4.0)
+    H = torch.func.hessian(lambda w: soft({"W": w}, x))(params["W"]).reshape(M * D, M * D)
+    A = H + 0.5 * torch.eye(M * D, dtype=torch.float64)
+    expected = torch.linalg.solve(A, vectors["W"].flatten(1).mT).mT
+    torch.testing.assert_close(got.value["W"].flatten(1), expected, rtol=1e-9, atol=1e-10)
+    assert float(got.relative_residual.max()) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("smaller", [3.0, 1e4])
+def test_in_outputs_a_scale_that_is_too_small_diverges(smaller, dtype):
+    params, vectors, batches = (pytree.tree_map(lambda t: t.to(dtype), each) for each in wide())
+    settings = {"scale": 1 / smaller, "throw": False}
+
+    got = solve_lissa_in_outputs(steep, params, vectors, batches * 20, **settings)
+    expected = solve_lissa_stacked(StackedHvp(steep, params), vectors, batches * 20, **settings)
+    assert got.status.tolist() == expected.status.tolist() == [Status.DIVERGED] * K
+    assert got.value["W"].isnan().all()
+    with pytest.raises(lissa.SolverError, match=r"solve_lissa_in_outputs.*DIVERGED"):
+        solve_lissa_in_outputs(steep, params, vectors, batches * 20, scale=1 / smaller)
+
+
+@pytest.mark.parametrize("factor", [1e3, 1e10])
+def test_in_outputs_steps_that_grow_beyond_all_numbers_between_two_looks_diverge(factor):
+    params, vectors, batches = wide()
+    batches = [x * 1e-3 for x in batches] * 2 + [x * factor for x in batches] * 4
+    got = solve_lissa_in_outputs(steep, params, vectors, batches, throw=False)
+    assert got.status.tolist() == [Status.DIVERGED] * K
+
+
+@pytest.mark.parametrize("place", [0, 5, 40])
+def test_in_outputs_a_batch_that_is_not_finite_is_not_taken_for_divergence(place):
+    params, vectors, batches = wide()
+    batches = batches * 20
+    batches[place] = torch.full_like(batches[place], torch.nan)
+    got = solve_lissa_in_outputs(soft, params, vectors, batches, damping=0.1, scale=20.0, throw=False)
+    assert got.status.tolist() == [Status.NOT_FINITE] * K
+    assert got.value["W"].isnan().all()
+
+
+def test_in_outputs_one_right_hand_side_that_is_not_finite_does_not_spoil_the_others():
+    params, vectors, batches = wide()
+    right = solve_lissa_in_outputs(soft, params, vectors, batches * 5, damping=0.1, scale=20.0)
+    vectors["W"][1, 0, 0] = torch.inf
+    got = solve_lissa_in_outputs(soft, params, vectors, batches * 5, damping=0.1, scale=20.0, throw=False)
+    assert got.status.tolist() == [Status.FINISHED, Status.NOT_FINITE, *[Status.FINISHED] * (K - 2)]
+    others = [k for k in range(K) if k != 1]
+    torch.testing.assert_close(got.value["W"][others], right.value["W"][others], rtol=1e-12, atol=1e-13)
+
+
+def test_in_outputs_what_is_passed_in_stays_as_it_is_and_nothing_is_recorded():
+    params, vectors, batches = wide()
+    params = {k: p.requires_grad_() for k, p in params.items()}
+    before = pytree.tree_map(lambda t: t.detach().clone(), (params, vectors, batches))
+    with torch.no_grad():
+        got = solve_lissa_in_outputs(soft, params, vectors, batches * 15, damping=0.1, scale=20.0)
+    assert not got.value["W"].requires_grad
+    assert all(p.grad is None for p in params.values())
+    torch.testing.assert_close(pytree.tree_map(Tensor.detach, (params, vectors, batches)), before, rtol=0, atol=0)
+
+
+def test_batches_are_not_asked_for_once_all_have_failed():
+    params, vectors, batches = wide()
+    asked = []
+
+    def endless():
+        for i in range(10_000):
+            asked.append(i)
+            yield batches[i % 3]
+
+    solve_lissa_in_outputs(steep, params, vectors, endless(), scale=0.1, throw=False)
+    assert len(asked) < 100
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"scale": 0.0}, "scale"),
+        ({"damping": -1.0}, "damping"),
+        ({"at_once": 0}, "at_once"),
+        ({"steps_at_once": 0}, "steps_at_once"),
+        ({"v": {"W": torch.ones(M, D, dtype=torch.float64)}}, "v"),
+        ({"v": {"U": torch.ones(K, M, D, dtype=torch.float64)}}, "keys"),
+        ({"loss_fn": lambda p, x: F.linear(x, p["W"]).sum(1)}, "scalar"),
+        ({"loss_fn": lambda p, x: F.linear(x, p["W"]).sum() * torch.rand(())}, "deterministic"),
+    ],
+)
+def test_in_outputs_arguments_are_checked(wrong, message):
+    params, vectors, batches = wide()
+    with pytest.raises(ValueError, match=rf"solve_lissa_in_outputs.*{message}"):
+        solve_lissa_in_outputs(**({"loss_fn": soft, "params": params, "v": vectors, "batches": batches} | wrong))
+
+
+def test_numbers_in_outputs_are_those_of_input_layers():
+    problem = problems.bag_of_words(seed=0, kind=nn.Embedding)
+    table = max(problem.params.values(), key=Tensor.numel)
+    assert numbers_in_outputs(problem.loss_fn, problem.params, problem.batch) == table.numel()
+    tied = problems.tied_weights(seed=0)
+    assert numbers_in_outputs(tied.loss_fn, tied.params, tied.batch) == 0
