@@ -5,7 +5,7 @@ Knows losses, batches and vectors, and `lissa`'s ways to multiply; knows nothing
 
 import logging
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeAlias
 
 import torch
@@ -22,13 +22,15 @@ from lissa import (
     Solution,
     hvp,
     solve_lissa,
+    solve_lissa_in_outputs,
     solve_lissa_last_layer,
     solve_lissa_stacked,
     traced,
     tree,
 )
-from lissa.output_recursion import most_rows
+from lissa.output_recursion import numbers_in_outputs
 from lissa.stacked import Chunks, StackedHvp, StackedMatvec, linearised_stacked_hvp
+from lissa.stretches import most_rows
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +88,14 @@ def linearised_product(model: Functional, batch: Batch) -> Callable[[Params], Pa
     return first_that_runs("Hessian-vector products", at_once, lambda v: hvp(model.loss_fn, model.params, batch, v))
 
 
-def inverse_products(model: Functional, damping: float, scale: float, *, steps_alike: int = 0) -> Solve:
+def inverse_products(
+    model: Functional,
+    damping: float,
+    scale: float,
+    *,
+    steps_alike: int = 0,
+    example: Callable[[], Batch] | None = None,
+) -> Solve:
     """`(v_1, ..., v_K), make -> (H + damping I)^-1 v_k` by LiSSA on the batches that `make` makes, stacked.
 
     On a CPU, a few vectors at a time, so that what a step passes over stays in the cache.
@@ -97,6 +106,7 @@ def inverse_products(model: Functional, damping: float, scale: float, *, steps_a
         scale: In the units of the Hessian.
         steps_alike: Steps on batches of one or two shapes, if all batches are. Of many steps, the product is recorded
             and replayed.
+        example: Makes a small batch like those that will come, which tells how they see the parameters.
     """
     settings = {"damping": damping, "scale": scale, "throw": False}
     layer = model.last_layer
@@ -108,23 +118,50 @@ def inverse_products(model: Functional, damping: float, scale: float, *, steps_a
     most = vectors_at_once(model)
     chunks = Chunks(most, GRAPHS if most > 1 else 1)
 
-    def solver(*matvecs: StackedMatvec) -> Solve:
+    def solver(*first: Callable[[Params, Iterable[Batch]], Solution]) -> Solve:
         return for_each_vector(
             "inverse Hessian-vector products",
             lambda v, batches: solve_lissa(matvec, v, batches, **settings),
-            *(partial(solved_together, each) for each in matvecs),
+            *first,
+            partial(solved_together, stacked),
             chunk_size=most,
         )
 
     def solved_together(matvec: StackedMatvec, vectors: Params, batches: Iterable[Batch]) -> Solution:
         return solve_lissa_stacked(matvec, vectors, batches, **settings, chunks=chunks)
 
-    solve, solve_recorded = solver(stacked), solver(recorded, stacked)
+    def solved_in_outputs(vectors: Params, batches: Iterable[Batch]) -> Solution:
+        return solve_lissa_in_outputs(
+            model.loss_fn, model.params, vectors, batches, **settings, at_once=IN_OUTPUTS_AT_ONCE
+        )
+
+    solve, solve_recorded, solve_in_outputs = (
+        solver(),
+        solver(partial(solved_together, recorded)),
+        solver(solved_in_outputs),
+    )
+    in_outputs = cache(partial(_numbers_in_outputs, model, example))
 
     def of(K: int) -> Solve:
-        return solve_recorded if steps_alike * -(-K // most) >= MANY_STEPS else solve
+        is_long = steps_alike * -(-K // most) >= MANY_STEPS
+        much = MUCH_IN_OUTPUTS_BESIDE_RECORDING if is_long else MUCH_IN_OUTPUTS
+        if K * tree.numel(model.params) >= much and K * in_outputs() >= much:  # an example is looked at if it may pay
+            return solve_in_outputs
+        return solve_recorded if is_long else solve
 
     return _in_groups(of)
+
+
+def _numbers_in_outputs(model: Functional, example: Callable[[], Batch] | None) -> int:
+    """How many numbers of a vector need not be passed over at each step; 0 where that is not most of them."""
+    if example is None or model.device.type != "cpu":  # a GPU passes over them in no time
+        return 0
+    try:
+        found = numbers_in_outputs(model.loss_fn, model.params, example())
+    except Exception as error:  # whoever needs the loss of the example will hear of it
+        logger.debug("Cannot tell how a batch sees the parameters: %s", error)
+        return 0
+    return found if 2 * found >= tree.numel(model.params) else 0
 
 
 def _in_outputs(model: Functional, layer: LastLayer, **settings: Any) -> Solve:
@@ -189,6 +226,13 @@ MANY_STEPS = 500
 
 GRAPHS = 16
 """Graphs of a loss that are kept at a time, where vectors are small and graphs are therefore too."""
+
+MUCH_IN_OUTPUTS, MUCH_IN_OUTPUTS_BESIDE_RECORDING = 2**18, 2**21
+"""Numbers that K vectors have in input layers, from which on LiSSA in outputs pays: it takes about 0.4 ms a step to be
+done without passing over them, and 0.7 ms that a recording saves."""
+
+IN_OUTPUTS_AT_ONCE = 64
+"""Right-hand sides that LiSSA in outputs solves for together: with more, a step costs as much for each."""
 
 CACHE_BYTES = 2**23
 """The size of a stack of vectors that LiSSA steps through at a time on a CPU: several such fit into a shared cache."""

@@ -1,8 +1,11 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
+import lissa
 from bridge import products
 from bridge.functional import Functional
+from lissa.stacked import StackedHvp
 
 X = torch.tensor([[1.0, -1.0], [0.5, 2.0], [3.0, 1.0]], dtype=torch.float64)
 W = torch.tensor([1.0, 2.0], dtype=torch.float64)
@@ -80,6 +83,61 @@ def test_recorded_and_plain_products_solve_the_same(steps_alike, monkeypatch):
         h = vectors["w"] + h - (h @ H + 0.1 * h) / 20.0
     torch.testing.assert_close(got.value["w"], h / 20.0, rtol=1e-12, atol=0)
     assert got.residual_norm.shape == (5,)
+
+
+def with_table(rows=60, width=8):
+    """A bag of embeddings, of which a batch is words and labels; one word is a row of a batch."""
+    generator = torch.Generator().manual_seed(0)
+    table, w = (torch.randn(rows, width, generator=generator, dtype=torch.float64) for _ in range(2))
+    words = torch.randint(rows, (40, 3), generator=generator)
+
+    def loss_fn(params, words):
+        return (F.embedding(words, params["table"]).mean(1) @ params["w"]).tanh().exp().mean()
+
+    params = {"table": table, "w": w[0]}
+    vectors = {k: torch.randn(5, *p.shape, generator=generator, dtype=torch.float64) for k, p in params.items()}
+    batches = [words[i : i + 4] for i in range(0, 40, 4)]
+    return Functional(params, loss_fn, torch.device("cpu"), loss_fn, loss_fn), vectors, batches
+
+
+@pytest.mark.parametrize(
+    ("least", "steps_alike", "in_outputs"),
+    [(5 * 480, 0, True), (5 * 480 + 1, 0, False), (5 * 480, products.MANY_STEPS, False)],
+    ids=["much", "too little", "too little to go without a recording"],
+)
+def test_much_that_batches_see_through_input_layers_is_solved_for_in_outputs(
+    least, steps_alike, in_outputs, monkeypatch
+):
+    model, vectors, batches = with_table()
+    monkeypatch.setattr(products, "MUCH_IN_OUTPUTS", least)
+    monkeypatch.setattr(products, "IN_OUTPUTS_AT_ONCE", 2)
+    calls = []
+
+    def counted(*args, **settings):
+        calls.append(settings["at_once"])
+        return lissa.solve_lissa_in_outputs(*args, **settings)
+
+    monkeypatch.setattr(products, "solve_lissa_in_outputs", counted)
+    solve = products.inverse_products(model, 0.1, 20.0, steps_alike=steps_alike, example=lambda: batches[0][:1])
+    got = solve(vectors, lambda: iter(batches))
+    assert calls == [2] * in_outputs
+    matvec = StackedHvp(model.loss_fn, model.params)
+    expected = lissa.solve_lissa_stacked(matvec, vectors, batches, damping=0.1, scale=20.0)
+    torch.testing.assert_close(got.value, expected.value, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("how", ["no example", "an example that fails", "few numbers"])
+def test_where_it_cannot_be_known_to_pay_nothing_is_done_in_outputs(how, monkeypatch):
+    model, vectors, batches = with_table(width=1 if how == "few numbers" else 8)
+    if how == "few numbers":
+        more = torch.ones(1000, dtype=torch.float64)
+        model = model._replace(params=model.params | {"more": more})
+        vectors = vectors | {"more": more.expand(5, -1)}
+    monkeypatch.setattr(products, "MUCH_IN_OUTPUTS", 1)
+    monkeypatch.setattr(products, "solve_lissa_in_outputs", None)
+    example = {"no example": None, "an example that fails": lambda: 1 / 0}.get(how, lambda: batches[0])
+    got = products.inverse_products(model, 0.1, 20.0, example=example)(vectors, lambda: iter(batches))
+    assert got.status.tolist() == [lissa.Status.FINISHED] * 5
 
 
 def test_right_hand_sides_that_do_not_fit_together_are_solved_for_in_smaller_groups(monkeypatch):
