@@ -81,13 +81,22 @@ def _layer(users: dict[Any, list[tuple[Any, int]]], leaf: Any, rows: int) -> Inp
     if user.name() == "EmbeddingBackward0" and not user._saved_scale_grad_by_freq:
         padding = user._saved_padding_idx  # of none, a number that is no row
         return InputLayer(user._saved_indices, GradientEdge(user, 0), padding if padding < rows else None)
-    if user.name() != "TBackward0":
+    if not _transposes(user):
         return None
     user, place = _only(users, user)
     for name, factor, alpha, inputs in _PRODUCTS:
         if user is not None and user.name() == name and place == factor + 1 and user.next_functions[factor][0] is None:
             return InputLayer(getattr(user, inputs), GradientEdge(user, 0)) if getattr(user, alpha, 1) == 1 else None
     return None
+
+
+def _transposes(node: Any) -> bool:
+    """Whether it turns a matrix W into its transpose; dimensions from the end are saved as so many below 2^64."""
+    if node.name() == "TransposeBackward0":
+        return (node._saved_dim0 - node._saved_dim1) % 2 == 1
+    if node.name() == "PermuteBackward0":
+        return len(node._saved_dims) == 2 and node._saved_dims[0] % 2 == 1
+    return node.name() == "TBackward0"
 
 
 _PRODUCTS = (("AddmmBackward0", 1, "_saved_alpha", "_saved_mat1"), ("MmBackward0", 0, "", "_saved_self"))

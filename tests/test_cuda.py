@@ -21,7 +21,7 @@ from lissa.block_cg import solve_block_cg
 from lissa.hvp import MODES
 from lissa.stacked import Chunks, StackedHvp
 from tests.bridge.fakes import BagOfWords, Reader, Watch, linear, pairs, sentences, two_layers
-from tests.problems import ZOO, Problem, mlp, random_vector, random_vectors, softmax_regression
+from tests.problems import ZOO, Problem, bag_of_words, mlp, random_vector, random_vectors, softmax_regression
 from tests.support import support_matrix
 
 pytestmark = [
@@ -95,6 +95,9 @@ def calls(problem, device):
         "solve_lissa_stacked": lambda: (
             lissa.solve_lissa_stacked(StackedHvp(loss_fn, params), vectors, batches, damping=5.0, scale=20.0).value
         ),
+        "solve_lissa_in_outputs": lambda: (
+            lissa.solve_lissa_in_outputs(loss_fn, params, vectors, batches, damping=5.0, scale=20.0).value
+        ),
         "solve_lissa_stacked in chunks": lambda: (
             lissa.solve_lissa_stacked(in_turn(ggnvp), vectors, batches, **stacked, chunks=Chunks(3, 4)).value
         ),
@@ -147,6 +150,17 @@ def test_the_last_layers_products_solves_and_scores_are_those_of_the_cpu():
     problem = softmax_regression(batch_size=12)
     got = last_layer(moved(problem, GPU), GPU)
     torch.testing.assert_close(on("cpu", got), last_layer(problem, "cpu"), **CLOSE)
+
+
+def test_an_embedding_is_solved_for_in_outputs_as_on_the_cpu():
+    problem = bag_of_words(seed=0, kind=nn.Embedding)
+    vectors, batches = random_vectors(problem, 3), [problem.batch] * 20
+
+    def solved(problem, vectors, batches):
+        return lissa.solve_lissa_in_outputs(problem.loss_fn, problem.params, vectors, batches, damping=1.0, scale=50.0)
+
+    got = solved(moved(problem, GPU), on(GPU, vectors), on(GPU, batches))
+    torch.testing.assert_close(on("cpu", got.value), solved(problem, vectors, batches).value, **CLOSE)
 
 
 def test_random_numbers_may_be_drawn_on_the_gpu():
