@@ -262,7 +262,18 @@ def collate(instances: list[Any], *, vocab: Any = None, collate_fn: CollateFn | 
 
 def collate_alike(instances: Sequence[Instance]) -> dict[str, Any]:
     """`collate` of instances that are known to have the same fields and the same padding lengths."""
-    return _stacked(instances, instances[0].get_padding_lengths())
+    longest = instances[0].get_padding_lengths()
+    if type(instances[0]).as_tensor_dict.__module__ != "allennlp.data.instance":
+        return _stacked(instances, longest)
+    columns = {name: [instance.fields[name] for instance in instances] for name in instances[0].fields}
+    return {name: column[0].batch_tensors(_unpadded(column, longest[name])) for name, column in columns.items()}
+
+
+def _unpadded(column: list[Any], lengths: dict[str, int]) -> list[Any]:
+    """The fields as tensors: to pad those that hold one by nothing would take longer than all the rest."""
+    if type(column[0]).as_tensor.__module__ == "allennlp.data.fields.tensor_field":
+        return [field.tensor for field in column]
+    return [field.as_tensor(lengths) for field in column]
 
 
 def _padded(instances: Sequence[Instance]) -> dict[str, Any]:

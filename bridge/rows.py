@@ -188,7 +188,7 @@ class Rows(Sequence[Any]):
                 alike = self._likeness(instances[0]) if alike is None else alike
                 if any(self._likeness(instance) != alike for instance in instances):
                     return None
-                batch = to_device(self._collate(instances), self._device)
+                batch = self._collated_alike(instances)
             except Exception:  # whoever needs the instance will hear of it, with its number
                 return None
             leaves, found = pytree.tree_flatten(batch)

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import bridge
+from bridge.data import collate_alike
 from tests.bridge.allennlp_standins import import_allennlp
 
 import_allennlp()
 
 from allennlp.common import Lazy, Params  # noqa: E402
-from allennlp.data import DatasetReader, Instance, Token, Vocabulary  # noqa: E402
+from allennlp.data import Batch, DatasetReader, Instance, Token, Vocabulary  # noqa: E402
 from allennlp.data.data_loaders import MultiProcessDataLoader, SimpleDataLoader  # noqa: E402
 from allennlp.data.fields import ArrayField, LabelField, MetadataField, TextField  # noqa: E402
 from allennlp.data.token_indexers import SingleIdTokenIndexer  # noqa: E402
@@ -306,6 +307,32 @@ def test_sparse_embeddings_work_where_theirs_do_not(dtype):
     torch.testing.assert_close(scores, expected)
     with pytest.raises(RuntimeError):
         Theirs(sparse, "1:20", reader, recursion_depth=5).interpret(test, k=3)
+
+
+class Doubled(ArrayField):
+    """A field with a way of its own to become a tensor."""
+
+    def as_tensor(self, padding_lengths):
+        return 2 * super().as_tensor(padding_lengths)
+
+
+def test_instances_alike_are_collated_as_by_their_batch(dtype):
+    def instance(i):
+        text = TextField([Token("good"), Token("film")], {"tokens": SingleIdTokenIndexer()})
+        x, y = (torch.tensor([[1.0, i], [2.0, 3.0]], dtype=dtype), torch.tensor([i, i + 1]))
+        fields = {"x": ArrayField(x), "own": Doubled(y), "label": LabelField(i, skip_indexing=True), "text": text}
+        return Instance(fields | {"number": ArrayField(torch.tensor(float(i)))})
+
+    instances = [instance(i) for i in range(3)]
+    vocab = Vocabulary.from_instances(instances)
+    for one in instances:
+        one.index_fields(vocab)
+    given = [one.fields["x"].tensor.clone() for one in instances]
+    got = collate_alike(instances)
+    torch.testing.assert_close(got, Batch(instances).as_tensor_dict(), rtol=0, atol=0)
+    assert list(got) == list(instances[0].fields)
+    got["x"].zero_()
+    assert all(torch.equal(one.fields["x"].tensor, x) for one, x in zip(instances, given, strict=True))
 
 
 def test_an_archive_is_loaded(tmp_path):
