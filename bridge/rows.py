@@ -148,7 +148,7 @@ class Rows(Sequence[Any]):
     def together(self, numbered: Sequence[Numbered]) -> Batch:
         """One batch of instances that `windows` gave, on the device.
 
-        What is collated once is kept, as residual and scores ask for the same batches, while it fits into `most_bytes`.
+        What is collated is kept, as residual and scores ask for the same batches, if all of it fits into `most_bytes`.
         """
         indices = [i for i, _ in numbered]
         if self._holds(indices):
@@ -166,7 +166,8 @@ class Rows(Sequence[Any]):
         if self._pads or not all(isinstance(leaf, Tensor) for leaf in leaves):
             return
         size = sum(leaf.nbytes for leaf in leaves)
-        if self._collated_bytes + size <= self.most_bytes:
+        of_all = size * len(self) / len(indices)  # of as many batches like this one
+        if max(of_all, self._collated_bytes + size) <= self.most_bytes:
             self._collated[tuple(indices)] = pytree.tree_map(torch.clone, batch)
             self._collated_bytes += size
 

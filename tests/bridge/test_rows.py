@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from torch.utils.data import default_collate
@@ -164,6 +166,17 @@ def test_batches_of_windows_are_collated_once_within_bounds(most):
     assert rows.kept_bytes == (sum(t.nbytes for t in torch.utils._pytree.tree_leaves(expected)) if most > 1000 else 0)
     rows.together(window[:2])
     assert collated[-1] == 2
+
+
+def test_no_batch_of_a_window_is_kept_where_not_all_of_them_would_fit():
+    data = [text_instance("good good", 1) for _ in range(4)]
+    vocab = BagOfWords().vocab
+    of_two = sum(t.nbytes for t in torch.utils._pytree.tree_leaves(collate(data[:2], vocab=vocab)))
+    for most, kept in ((2 * of_two, of_two), (2 * of_two - 1, 0)):
+        rows = Rows(data, partial(collate, vocab=vocab), CPU, vocab=vocab, most_bytes=most)
+        ((_, window),) = rows.windows(9, range(4))
+        rows.together(window[:2])
+        assert rows.kept_bytes == kept
 
 
 def test_a_users_function_is_asked_each_time():
