@@ -239,11 +239,16 @@ def _reported_loss(output: Any) -> Any:
 
 
 def _copy_sharing_parameters(model: nn.Module) -> nn.Module:
-    """A deep copy that shares parameters, buffers and the vocabulary with `model`; `model` if it cannot be copied."""
+    """A deep copy that shares parameters, buffers and the vocabulary with `model`; `model` if it cannot be copied.
+
+    Parameters of modules that it holds in lists, say, are shared too: a recording must see them and not copies.
+    """
     shared: list[Any] = [*model.parameters(), *model.buffers()]
     for module in model.modules():
         values = vars(module)
         shared += [t for t in values.values() if isinstance(t, Tensor) and t.grad_fn is not None]
+        held = pytree.tree_leaves([value for value in values.values() if isinstance(value, (list, tuple, dict))])
+        shared += [p for other in held if isinstance(other, nn.Module) for p in other.parameters()]
         if "vocab" in values:
             shared.append(values["vocab"])
     try:

@@ -251,15 +251,15 @@ def _checked(
     call: str, build: Build, function: _Function, tensors: tuple[Tensor, ...], expected: tuple[Tensor, ...]
 ) -> Program:
     """The program, or `function` itself where it cannot be built or would give other numbers."""
+    size = sum(float(t.double().norm() ** 2) for t in expected) ** 0.5
     try:
         program = build(function, tensors)
         with torch.no_grad():
             got = program(*tensors)
+        gap = sum(float((a.double() - b.double()).norm() ** 2) for a, b in zip(got, expected, strict=True)) ** 0.5
     except Exception as error:  # anything may fail inside of a user's function; it has just run as it is
         say_once(logger, f"{call}(...) runs its function as it is, because: {_first_line(error)}")
         return function
-    size = sum(float(t.double().norm() ** 2) for t in expected) ** 0.5
-    gap = sum(float((a.double() - b.double()).norm() ** 2) for a, b in zip(got, expected, strict=True)) ** 0.5
     unit_roundoff = max((torch.finfo(t.dtype).eps for t in expected if t.dtype.is_floating_point), default=0.0)
     if gap > SAME**0.5 * unit_roundoff**0.5 * size:
         say_once(logger, f"{call}(...) runs its function as it is: the replay differs by {gap / size:.0e}")

@@ -1,11 +1,14 @@
 import copy
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import lissa
 from bridge.functional import dense_embeddings, evaluation, example_losses, functional, loss_and_gradient, unused
+from bridge.products import product_of_each
 from tests.bridge.fakes import Watch, linear, pairs
 
 
@@ -221,3 +224,31 @@ def test_metrics_neither_count_nor_stand_in_the_way_of_vmap(kept_in):
         assert losses.tolist() == pytest.approx([float(model.weight @ x[0] + model.bias) ** 2 for x in stack["x"]])
     assert metric.seen == []
     assert model.m is metric or metric in (model.m.values() if isinstance(model.m, dict) else model.m)
+
+
+class Beside(nn.Module):
+    """Has a list, which is state, and in it a module whose parameters are nobody else's."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+        self.hidden = [nn.Linear(3, 1).requires_grad_(False)]
+
+    def forward(self, x):
+        return self.layer(x).tanh() * self.hidden[0](x).detach()
+
+
+def test_a_module_that_hides_another_can_be_recorded(caplog):
+    torch.manual_seed(0)
+    module = Beside()
+    model = functional(module, ["layer.weight", "layer.bias"], output_loss=F.mse_loss)
+    batch, vectors = (
+        (torch.randn(5, 3), torch.randn(5, 1)),
+        {k: torch.randn(2, *p.shape) for k, p in model.params.items()},
+    )
+    recorded = lissa.traced(partial(product_of_each, model.loss_fn, model.params))
+    with caplog.at_level("INFO"):
+        recorded(batch, vectors)
+        got = recorded(batch, vectors)
+    assert not caplog.messages
+    torch.testing.assert_close(got, lissa.stacked_hvp(model.loss_fn, model.params, batch, vectors))
