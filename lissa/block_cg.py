@@ -72,35 +72,37 @@ def solve_block_cg(
     def unflatten(x: Tensor) -> Params:
         return tree.map(lambda t, like: t.to(like.dtype), tree.unflatten(x, like), like)
 
-    def product(X: Tensor) -> Tensor:
-        """`(H + damping I) X`, of columns."""
-        products = torch.vmap(tree.flatten)(matvec(torch.vmap(unflatten)(X.mT.contiguous()))).detach()
-        return products.to(X.dtype).mT + damping * X
+    def product(x: Tensor) -> Tensor:
+        """`(H + damping I) x_k`, of rows."""
+        products = torch.vmap(tree.flatten)(matvec(torch.vmap(unflatten)(x))).detach()
+        return torch.add(products.to(x.dtype), x, alpha=damping)
 
-    V = torch.vmap(tree.flatten)(v).detach().mT
-    V = V.to(torch.promote_types(V.dtype, torch.float32))
-    length = V.norm(dim=0)
+    # Stacks of vectors are rows, (K, P), as products come and go: to add columns to rows takes as long as to multiply.
+    b = torch.vmap(tree.flatten)(v).detach()
+    b = b.to(torch.promote_types(b.dtype, torch.float32))
+    length = b.norm(dim=1)
     finite = length.isfinite()
     status = torch.where(finite, RUNNING, int(Status.NOT_FINITE))
     status = torch.where(length == 0, int(Status.CONVERGED), status)
-    Q, C = torch.linalg.qr(torch.where(finite, V, 0.0))  # the residuals are Q C
-    X, S = torch.zeros_like(V), Q
+    q, C = _orthonormal(torch.where(finite.unsqueeze(1), b, 0.0))  # the residuals are C^T q
+    x, s = torch.zeros_like(b), q
     trace: list[Tensor] = []
     while len(trace) < steps and host.any_true(status == RUNNING):
-        A_S = product(S)
-        curvature = S.mT @ A_S
+        A_s = product(s)
+        curvature = s @ A_s.mT
         factor, not_definite = torch.linalg.cholesky_ex((curvature + curvature.mT) / 2)
         if not host.any_true(curvature.isfinite().all() & (not_definite == 0)):
             why = torch.where(curvature.isfinite().all(), int(Status.INDEFINITE), int(Status.NOT_FINITE))
             status = torch.where(status == RUNNING, why, status)
             break
-        X = X + S @ torch.cholesky_solve(C, factor)
-        Q, R = torch.linalg.qr(Q - torch.cholesky_solve(A_S.mT, factor).mT)
-        C, S = R @ C, Q + S @ R.mT
+        x.addmm_(torch.cholesky_solve(C, factor).mT, s)
+        inverse = torch.cholesky_inverse(factor.double()).to(factor.dtype)
+        q, R = _orthonormal(torch.addmm(q, inverse, A_s, alpha=-1))
+        C, s = R @ C, torch.addmm(q, R, s)
         trace.append(torch.where(finite, C.norm(dim=0), torch.nan))
         status = torch.where((status == RUNNING) & (trace[-1] <= AIM * rtol * length), int(Status.CONVERGED), status)
 
-    residual_norm = (V - product(X)).norm(dim=0)
+    residual_norm = (b - product(x)).norm(dim=1)
     reached = torch.where(residual_norm <= rtol * length, int(Status.CONVERGED), int(Status.FINISHED))
 
     def end(x: Tensor, status: Tensor, residual_norm: Tensor, length: Tensor, trace: Tensor) -> Solution:
@@ -111,8 +113,14 @@ def solve_block_cg(
 
     traces = torch.stack(trace, 1) if trace else length[:, None][:, :0]
     solution = torch.vmap(end)(
-        X.mT, torch.where(status >= Status.DIVERGED, status, reached), residual_norm, length, traces
+        x, torch.where(status >= Status.DIVERGED, status, reached), residual_norm, length, traces
     )
     if throw:
         outcome.raise_on_failure(f"{call}(damping={damping:g})", solution)
     return solution
+
+
+def _orthonormal(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`q, R` with orthonormal rows of q and `x = R^T q`."""
+    Q, R = torch.linalg.qr(x.mT)
+    return Q.mT, R
