@@ -6,13 +6,22 @@ Knows losses, batches and vectors, and `lissa`'s ways to multiply; knows nothing
 import logging
 from collections.abc import Callable, Iterable
 from functools import cache, partial
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch.utils import _pytree as pytree
 
 from bridge.functional import Functional
-from bridge.strategies import first_that_runs, is_out_of_memory, itemsize, length, rows, stack_limit
+from bridge.strategies import (
+    first_that_runs,
+    is_out_of_memory,
+    itemsize,
+    length,
+    numbers_in,
+    pass_limit,
+    rows,
+    stack_limit,
+)
 from lissa import (
     Batch,
     BatchMatvec,
@@ -29,6 +38,7 @@ from lissa import (
     tree,
 )
 from lissa.output_recursion import numbers_in_outputs
+from lissa.scoring import forward_work
 from lissa.stacked import Chunks, StackedHvp, StackedMatvec, linearised_stacked_hvp
 from lissa.stretches import most_rows
 
@@ -95,6 +105,7 @@ def inverse_products(
     *,
     steps_alike: int = 0,
     example: Callable[[], Batch] | None = None,
+    batch_size: int = 1,
 ) -> Solve:
     """`(v_1, ..., v_K), make -> (H + damping I)^-1 v_k` by LiSSA on the batches that `make` makes, stacked.
 
@@ -106,7 +117,8 @@ def inverse_products(
         scale: In the units of the Hessian.
         steps_alike: Steps on batches of one or two shapes, if all batches are. Of many steps, the product is recorded
             and replayed.
-        example: Makes a small batch like those that will come, which tells how they see the parameters.
+        example: Makes a batch of one instance, which tells how those that will come see the parameters.
+        batch_size: Instances in a batch.
     """
     settings = {"damping": damping, "scale": scale, "throw": False}
     layer = model.last_layer
@@ -131,37 +143,55 @@ def inverse_products(
         return solve_lissa_stacked(matvec, vectors, batches, **settings, chunks=chunks)
 
     def solved_in_outputs(vectors: Params, batches: Iterable[Batch]) -> Solution:
+        some = seen()
         return solve_lissa_in_outputs(
-            model.loss_fn, model.params, vectors, batches, **settings, at_once=IN_OUTPUTS_AT_ONCE
+            model.loss_fn,
+            model.params,
+            vectors,
+            batches,
+            **settings,
+            at_once=min(IN_OUTPUTS_AT_ONCE, some.batches),
+            steps_at_once=min(GRAPHS_IN_OUTPUTS, max(1, some.batches // 4)),
         )
 
-    solve, solve_recorded, solve_in_outputs = (
-        solver(),
-        solver(partial(solved_together, recorded)),
-        solver(solved_in_outputs),
-    )
-    in_outputs = cache(partial(_numbers_in_outputs, model, example))
+    solve, solve_recorded = solver(), solver(partial(solved_together, recorded))
+    solve_in_outputs = solver(solved_in_outputs)
+    seen = cache(partial(_seen_in_outputs, model, example, batch_size))
 
     def of(K: int) -> Solve:
         is_long = steps_alike * -(-K // most) >= MANY_STEPS
         much = MUCH_IN_OUTPUTS_BESIDE_RECORDING if is_long else MUCH_IN_OUTPUTS
-        if K * tree.numel(model.params) >= much and K * in_outputs() >= much:  # an example is looked at if it may pay
+        if K * tree.numel(model.params) >= much and K * seen().numbers >= much:  # to look at an example may pay
             return solve_in_outputs
         return solve_recorded if is_long else solve
 
     return _in_groups(of)
 
 
-def _numbers_in_outputs(model: Functional, example: Callable[[], Batch] | None) -> int:
-    """How many numbers of a vector need not be passed over at each step; 0 where that is not most of them."""
+class _InOutputs(NamedTuple):
+    """What LiSSA in outputs has to do with.
+
+    Attributes:
+        numbers: How many of a vector need not be passed over at each step; 0 where that is not most of them.
+        batches: How many batches' intermediate results fit into the memory of a pass.
+    """
+
+    numbers: int
+    batches: int
+
+
+def _seen_in_outputs(model: Functional, example: Callable[[], Batch] | None, batch_size: int) -> _InOutputs:
     if example is None or model.device.type != "cpu":  # a GPU passes over them in no time
-        return 0
+        return _InOutputs(0, 1)
     try:
-        found = numbers_in_outputs(model.loss_fn, model.params, example())
+        batch = example()
+        found = numbers_in_outputs(model.loss_fn, model.params, batch)
+        kept = numbers_in(batch) + forward_work(model.loss_fn, model.params, batch).written
     except Exception as error:  # whoever needs the loss of the example will hear of it
         logger.debug("Cannot tell how a batch sees the parameters: %s", error)
-        return 0
-    return found if 2 * found >= tree.numel(model.params) else 0
+        return _InOutputs(0, 1)
+    is_most = 2 * found >= tree.numel(model.params)
+    return _InOutputs(found if is_most else 0, max(1, pass_limit(model) // (batch_size * max(1, kept))))
 
 
 def _in_outputs(model: Functional, layer: LastLayer, **settings: Any) -> Solve:
@@ -231,8 +261,8 @@ MUCH_IN_OUTPUTS, MUCH_IN_OUTPUTS_BESIDE_RECORDING = 2**18, 2**21
 """Numbers that K vectors have in input layers, from which on LiSSA in outputs pays: it takes about 0.4 ms a step to be
 done without passing over them, and 0.7 ms that a recording saves."""
 
-IN_OUTPUTS_AT_ONCE = 64
-"""Right-hand sides that LiSSA in outputs solves for together: with more, a step costs as much for each."""
+IN_OUTPUTS_AT_ONCE, GRAPHS_IN_OUTPUTS = 64, 32
+"""Most right-hand sides and steps that LiSSA in outputs takes together: of more, a step costs as much for each."""
 
 CACHE_BYTES = 2**23
 """The size of a stack of vectors that LiSSA steps through at a time on a CPU: several such fit into a shared cache."""

@@ -58,8 +58,9 @@ def solver(
     stepping = session if model is None else replace(session, model=model)
     steps_alike = choice.steps if session.rows(train).gathered else 0
     at_once = products.inverse_products(
-        stepping.model, choice.damping, choice.scale, steps_alike=steps_alike, example=lambda: session.batch(train, [0])
-    )
+        stepping.model, choice.damping, choice.scale, steps_alike=steps_alike,
+        example=lambda: session.batch(train, [0]), batch_size=choice.batch_size,
+    )  # fmt: skip
     in_pieces = _in_pieces(stepping, train, choice, ranks)
     at_work: list[int] = []
 

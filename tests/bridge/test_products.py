@@ -114,16 +114,36 @@ def test_much_that_batches_see_through_input_layers_is_solved_for_in_outputs(
     calls = []
 
     def counted(*args, **settings):
-        calls.append(settings["at_once"])
+        calls.append((settings["at_once"], settings["steps_at_once"]))
         return lissa.solve_lissa_in_outputs(*args, **settings)
 
     monkeypatch.setattr(products, "solve_lissa_in_outputs", counted)
     solve = products.inverse_products(model, 0.1, 20.0, steps_alike=steps_alike, example=lambda: batches[0][:1])
     got = solve(vectors, lambda: iter(batches))
-    assert calls == [2] * in_outputs
+    assert calls == [(2, 32)] * in_outputs
     matvec = StackedHvp(model.loss_fn, model.params)
     expected = lissa.solve_lissa_stacked(matvec, vectors, batches, damping=0.1, scale=20.0)
     torch.testing.assert_close(got.value, expected.value, rtol=1e-10, atol=1e-12)
+
+
+def test_as_many_graphs_are_held_as_fit_into_the_memory_of_a_pass(monkeypatch):
+    model, vectors, batches = with_table()
+    monkeypatch.setattr(products, "MUCH_IN_OUTPUTS", 1)
+    calls = []
+
+    def recorded(*args, at_once, steps_at_once, **settings):
+        calls.append((at_once, steps_at_once))
+        return lissa.solve_lissa_in_outputs(*args, **settings)
+
+    monkeypatch.setattr(products, "solve_lissa_in_outputs", recorded)
+    example = batches[0][:1]
+    kept = products.numbers_in(example) + products.forward_work(model.loss_fn, model.params, example).written
+    for fit in (0, 12, 10**6):
+        memory = 4 * kept * fit * 8 * 8  # an eighth of it, in numbers of eight bytes, holds so many batches of four
+        limited = model._replace(max_memory=memory)
+        solve = products.inverse_products(limited, 0.1, 20.0, example=lambda: example, batch_size=4)
+        solve(vectors, lambda: iter(batches))
+    assert calls == [(1, 1), (12, 3), (64, 32)]
 
 
 @pytest.mark.parametrize("how", ["no example", "an example that fails", "few numbers"])
