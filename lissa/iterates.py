@@ -139,6 +139,7 @@ class LookedUp:
     def __init__(self, lookups: Sequence[Lookup], h: Tensor, v: Tensor, onward: Tensor, pace: Pace):
         self._lookups, self._u, self._v, self._pace = lookups, onward, v, pace
         self._chain = _Chain(pace, {"": h}, {"": v}, fresh=h is v)
+        self._products: list[tuple[Tensor, Tensor, Tensor]] = []  # <x_j, u_j>, <x_j, v>, <x_j, x_j>
         if onward is not h:
             onward.copy_(h)
 
@@ -155,12 +156,12 @@ class LookedUp:
         x = torch.zeros_like(self._u_rows).index_add_(1, places, _without(p, dropped))
         x.mul_(self._pace.rate / self._pace.powers[j + 1])
         self._u.index_copy_(1, rows, self._u_rows - x)
-        self._chain.add(vdots({"": x}, {"": self._u_rows}), vdots({"": x}, {"": self._v_rows}), _square(x))
+        self._products.append((vdots({"": x}, {"": self._u_rows}), vdots({"": x}, {"": self._v_rows}), _square(x)))
 
     def end(self) -> Squares:
         """See `Iterates`."""
         self._u.mul_(self._pace.powers[-1]).add_(self._v, alpha=self._pace.sums[-1])
-        return self._chain.squares()
+        return self._chain.squares(*map(torch.stack, zip(*self._products, strict=True)))
 
 
 class Multiplied:
@@ -213,9 +214,8 @@ class Multiplied:
         with_seen, with_v, with_itself = (self._of_steps(t) for t in (self._seen, self._of_v, self._own))
         shares = host.to_device(torch.tensor(self._shares, dtype=with_v.dtype), with_v.device).unsqueeze(1)
         rate = self._pace.rate
-        self._chain.add_all((with_seen - with_v * shares) * rate, with_v * rate, with_itself * rate**2)
         self._form()
-        return self._chain.squares()
+        return self._chain.squares((with_seen - with_v * shares) * rate, with_v * rate, with_itself * rate**2)
 
     def _of_steps(self, t: Tensor) -> Tensor:
         """`<y_j, t_j>` of each step and right-hand side, shape `(steps, K)`."""
@@ -268,20 +268,9 @@ class _Chain:
         self._pace = pace
         self._v_v = norms(v).square()
         self._h_h, self._h_v = (self._v_v, self._v_v) if fresh else (norms(h).square(), vdots(h, v))
-        self._products: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._all: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def add(self, x_u: Tensor, x_v: Tensor, x_x: Tensor) -> None:
-        """Of one step, each of shape `(K,)`."""
-        self._products.append((x_u, x_v, x_x))
-
-    def add_all(self, x_u: Tensor, x_v: Tensor, x_x: Tensor) -> None:
-        """Of all steps, each of shape `(steps, K)`."""
-        self._all = (x_u, x_v, x_x)
-
-    def squares(self) -> Squares:
-        """Both are the squares of `alpha u_j + beta v - e^(j+1) x_j`."""
-        x_u, x_v, x_x = self._all or map(torch.stack, zip(*self._products, strict=True))
+    def squares(self, x_u: Tensor, x_v: Tensor, x_x: Tensor) -> Squares:
+        """Both are the squares of `alpha u_j + beta v - e^(j+1) x_j`; the inner products are of shape `(steps, K)`."""
         u_u, u_v = _before(x_x - 2 * x_u, self._h_h), _before(-x_v, self._h_v)
         numbers = self._pace.powers[1:], self._pace.powers[:-1], self._pace.sums[1:]
         power, last, total = host.to_device(torch.tensor(numbers, dtype=x_v.dtype), x_v.device).unsqueeze(2)
