@@ -133,7 +133,8 @@ class _Call(NamedTuple):
                 W_ih, W_hh, *biases = self.weights[k]
                 W, b = torch.cat([W_ih, W_hh], 1), sum(biases) if biases else W_ih.new_zeros(len(W_ih))
                 initial = [t[k] for t in self.initial]
-                h, *last = Layer.apply(x if way is None else rows(x, way), *initial, W, b, steps, curved)
+                *last, _, h, _ = Layer.apply(x if way is None else rows(x, way), *initial, W, b, steps, curved)
+                h = h[len(initial[0]) :]
                 outputs.append(h if way is None else rows(h, way))
                 lasts.append(last)
             x = torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]

@@ -1,8 +1,8 @@
 """A layer of an LSTM whose second derivatives are a few large passes, for one vector or many.
 
-The three passes that a Hessian-vector product adds to a gradient are written out, for K vectors at once: the forward
-pass and the backward pass, differentiated in a direction (Pearlmutter's R operator), and one backward pass more. What
-can be computed for all time steps is computed outside their loops.
+The two sweeps over time that a Hessian-vector product adds to a gradient are written out, for K vectors at once: the
+forward pass differentiated in a direction (Pearlmutter's R operator), and one backward pass for all that depends on it.
+What can be computed for all time steps is computed outside their loops.
 
 Knows recurrences and packed rows; knows nothing of modules, losses, or of what the vectors are.
 
@@ -22,7 +22,7 @@ step before, `dc_before = f dc`, `dh_before = W^T da`.
 Source: B. A. Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 6 (1994), sections 3 and 4.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -124,7 +124,11 @@ def _factors(gates: Tensor, tanh_c: Tensor, c_before: Tensor) -> Tensor:
 
 
 class Layer(torch.autograd.Function):
-    """Of one layer in one direction `h` of all rows, and the last `h` and `c`, from `x`, the initial `h, c`, `W, b`."""
+    """Of one layer in one direction the last `h, c` of each sequence and all it went through, from `x, h, c, W, b`.
+
+    That is the gates, shape `(N, 4, H)`, and all `h` and `c`, the B initial ones first. A gradient is a function of
+    these too, so that what its derivatives say of them and what the loss says go back in one sweep.
+    """
 
     @staticmethod
     def forward(
@@ -148,23 +152,29 @@ class Layer(torch.autograd.Function):
             torch.mul(o, torch.tanh(c_t, out=tanh_t), out=h_t)
         if any(ctx.needs_input_grad):
             z = torch.cat([x, states_h[steps.before]], 1)
-            ctx.save_for_backward(x, h, c, W, b, *_Kept.of(z, gates, tanh_c, states_c[steps.before], W))
+            kept = _Kept.of(z, gates, tanh_c, states_c[steps.before], W)
+            ctx.save_for_backward(x, states_h, states_c, *kept)
         ctx.steps, ctx.curved = steps, curved
         ctx.set_materialize_grads(False)
-        h, c = states_h[B:], states_c[B:]
-        return h, h[steps.last], c[steps.last]
+        return states_h[B:][steps.last], states_c[B:][steps.last], gates, states_h, states_c
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         """The gradients, with their own graph."""
         if all(t is None for t in cotangents):
             return (None,) * 7
-        at, kept = ctx.saved_tensors[:5], _Kept(*(t.detach() for t in ctx.saved_tensors[5:]))
-        B = ctx.steps.sizes[0]
-        like = (kept.e, kept.e[:B], kept.e[:B])
-        given = [torch.zeros_like(t) if dt is None else dt for dt, t in zip(cotangents, like, strict=True)]
-        at = at if ctx.curved else [t.detach() for t in at]
-        return *_Backward.apply(*given, *at, *kept, ctx.steps)[:5], None, None
+        x, h, c, *of_kept = ctx.saved_tensors
+        kept, B = _Kept(*of_kept), ctx.steps.sizes[0]
+        at = [t if ctx.curved else t.detach() for t in (kept.gates, h, c, x, kept.W)]
+        dh_last, dc_last, dgates, dh, dc = cotangents
+        given = [torch.zeros_like(t) if dt is None else dt for dt, t in ((dh_last, h[:B]), (dc_last, c[:B]))]
+        given += [dgates, *(torch.zeros_like(t) if dt is None else dt for dt, t in ((dh, h), (dc, c)))]
+        of_all = _Backward.apply(*given, *at, *(t.detach() for t in kept), ctx.steps)
+        return *of_all[:_FIVE], None, None
+
+
+_FIVE = 5
+"""So many are the results of `Layer`, the tensors it is a function of, and those that its gradients are taken at."""
 
 
 class _Backward(torch.autograd.Function):
@@ -175,8 +185,9 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        *of_kept, steps = inputs[8:]
-        of_all = _gradients([t.unsqueeze(1) for t in inputs[:3]], _Kept(*of_kept), steps)
+        *of_kept, steps = inputs[2 * _FIVE :]
+        cotangents: list[Any] = [None if t is None else t.unsqueeze(1) for t in inputs[:_FIVE]]
+        of_all = _gradients(*cotangents, _Kept(*of_kept), steps)
         return tuple(t.squeeze(dim) for t, dim in zip(of_all, _Backward.stacked, strict=True))
 
     stacked = (1, 1, 1, 0, 0, 1, 1, 1)
@@ -184,36 +195,39 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *of_kept, ctx.steps = inputs[8:]
-        ctx.mark_non_differentiable(*output[5:])
-        ctx.save_for_backward(*of_kept, *output[5:])
+        *of_kept, ctx.steps = inputs[2 * _FIVE :]
+        ctx.mark_non_differentiable(*output[_FIVE:])
+        ctx.save_for_backward(*of_kept, *output[_FIVE:], inputs[2])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
         """Of K cotangents in one sweep."""
-        _refuse_stacked(in_dims[3:])
-        *of_kept, steps = inputs[8:]
-        cotangents = [_stacked(t, d, info.batch_size, 1) for t, d in zip(inputs[:3], in_dims[:3], strict=True)]
-        return _gradients(cotangents, _Kept(*of_kept), steps), _Backward.stacked
+        _refuse_stacked(in_dims[_FIVE:])
+        *of_kept, steps = inputs[2 * _FIVE :]
+        each = zip(inputs[:_FIVE], in_dims[:_FIVE], strict=True)
+        cotangents: list[Any] = [None if t is None else _stacked(t, dim, info.batch_size, 1) for t, dim in each]
+        return _gradients(*cotangents, _Kept(*of_kept), steps), _Backward.stacked
 
     @staticmethod
     def backward(ctx: Any, *vectors: Tensor | None) -> Any:
-        *of_kept, da, dh, dc = ctx.saved_tensors
+        *of_kept, da, dh, dc, dgates = ctx.saved_tensors
         kept, B = _Kept(*of_kept), ctx.steps.sizes[0]
         like = (kept.z[:, : kept.inputs], kept.e[:B], kept.e[:B], kept.W, kept.W[:, 0])
-        given = [torch.zeros_like(t) if v is None else v for v, t in zip(vectors[:5], like, strict=True)]
-        found = _Directional.apply(*given, *kept, da, dh, dc, ctx.steps, any(ctx.needs_input_grad[3:8]))
-        return *found, *(None,) * (len(ctx.needs_input_grad) - len(found))
+        given = [torch.zeros_like(t) if v is None else v for v, t in zip(vectors[:_FIVE], like, strict=True)]
+        curved = any(ctx.needs_input_grad[_FIVE : 2 * _FIVE])
+        last_h, last_c, h, c, *more = _Directional.apply(*given, *kept, da, dh, dc, dgates, ctx.steps, curved)
+        gates = None if dgates is None else more.pop(0)
+        return last_h, last_c, gates, h, c, *(more or (None,) * _FIVE), *(None,) * (len(of_kept) + 1)
 
 
 class _Directional(torch.autograd.Function):
-    """The gradient of `<v, gradients of _Layer>` in the cotangents and, if curved, in what those are taken at."""
+    """The gradient of `<v, gradients of Layer>` in the cotangents and, if curved, in what those are taken at."""
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        vectors = (v.unsqueeze(dim) for v, dim in zip(inputs[:5], _Directional.stacked, strict=True))
-        return tuple(t.squeeze(dim) for t, dim in zip(*_along(*vectors, *inputs[5:]), strict=True))
+        vectors = (v.unsqueeze(dim) for v, dim in zip(inputs[:_FIVE], _Directional.stacked, strict=True))
+        return tuple(t.squeeze(dim) for t, dim in zip(*_along(*vectors, *inputs[_FIVE:]), strict=True))
 
     stacked = (1, 1, 1, 0, 0)
     """Which dimension of each vector is that of the vectors."""
@@ -224,10 +238,10 @@ class _Directional(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
-        """Of K vectors in one sweep forward and one back."""
-        _refuse_stacked(in_dims[5:])
-        each = zip(inputs[:5], in_dims[:5], _Directional.stacked, strict=True)
-        return _along(*(_stacked(v, dim, info.batch_size, to) for v, dim, to in each), *inputs[5:])
+        """Of K vectors in one sweep."""
+        _refuse_stacked(in_dims[_FIVE:])
+        each = zip(inputs[:_FIVE], in_dims[:_FIVE], _Directional.stacked, strict=True)
+        return _along(*(_stacked(v, dim, info.batch_size, to) for v, dim, to in each), *inputs[_FIVE:])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
@@ -261,15 +275,16 @@ def rows(x: Tensor, i: Tensor) -> Tensor:
     return _Rows.apply(x, i, len(x), False)
 
 
-def _gradients(cotangents: Sequence[Tensor], kept: _Kept, steps: Steps) -> tuple[Tensor, ...]:
-    """What `_Backward` computes, for K cotangents each of `h`, shape `(N, K, H)`, and the last `h` and `c`."""
-    dh, dh_last, dc_last = cotangents
-    B, (N, K, H) = steps.sizes[0], dh.shape
-    dh = torch.cat([dh_last.new_zeros(B, K, H), dh])
+def _gradients(
+    dh_last: Tensor, dc_last: Tensor, dgates: Tensor | None, dh: Tensor, dc: Tensor, kept: _Kept, steps: Steps
+) -> tuple[Tensor, ...]:
+    """What `_Backward` computes, for K cotangents of each result of `Layer`, stacked in dimension 1."""
+    B, K, H = dh_last.shape
+    dh, dc = (t.clone(memory_format=torch.contiguous_format) for t in (dh, dc))
     dh[B:].index_add_(0, steps.last, dh_last)
-    dc = torch.zeros_like(dh)
-    dc[B:].index_copy_(0, steps.last, dc_last)
-    da = dh.new_zeros(N, K, 4, H)
+    dc[B:].index_add_(0, steps.last, dc_last)
+    da = dh.new_zeros(len(kept.e), K, 4, H) if dgates is None else dgates * _slopes(kept.gates).unsqueeze(1)
+    da = da.contiguous()
     _sweep_back(da, dh, dc, kept, steps)
     return _of_inputs(da, kept), dh[:B], dc[:B], _of_weights(da, kept), da.sum(0).flatten(1), da.flatten(2), dh, dc
 
@@ -285,44 +300,58 @@ def _along(
         v_c: Of the initial `c`.
         v_W: Of `W`, shape `(K, 4 H, I + H)`.
         v_b: Of `b`, shape `(K, 4 H)`.
-        *kept_and_cotangents: What was kept, `da`, all `dh` and `dc`, the steps, and whether gradients are asked for.
+        *kept_and_cotangents: What was kept, `da`, all `dh` and `dc`, the cotangent of the gates if there is one, the
+            steps, and whether derivatives of the gradients are asked for.
 
     Returns:
         The derivatives, and which dimension of each is that of the directions.
     """
-    *of_kept, da, dh, dc, steps, curved = kept_and_cotangents
+    *of_kept, _, _, _, dgates, steps, curved = kept_and_cotangents
     kept, (B, K, H), I = _Kept(*of_kept), v_h.shape, v_x.shape[2]  # noqa: E741
     W_z = torch.addmm(v_b.flatten(), kept.z, v_W.permute(2, 0, 1).flatten(1)).view(-1, 4 * H)  # W' z + b'
     a_ = W_z.addmm_(v_x.reshape(-1, I), kept.W[:, :I].mT).view(-1, K, 4, H)  # + W z', but for W h_before'
     h_, c_ = _swept_forward(a_, v_h, v_c, kept, steps)
-    of_results = h_[B:], h_[B:][steps.last], c_[B:][steps.last]
+    of_gates = () if dgates is None else (a_ * _slopes(kept.gates).unsqueeze(1),)
+    of_results = h_[B:][steps.last], c_[B:][steps.last], h_, c_, *of_gates
     if not curved:
-        return of_results, (1, 1, 1)
+        return of_results, (1,) * len(of_results)
+    of_point = _curvature(v_x, v_W, a_, h_, c_, *kept_and_cotangents[:-1])
+    return (*of_results, *of_point), (*(1,) * len(of_results), 1, 1, 1, 1, 0)
 
-    # All that is multiplied by a derivative is of the forward or the backward pass, the same for all directions.
+
+def _curvature(
+    v_x: Tensor, v_W: Tensor, a_: Tensor, h_: Tensor, c_: Tensor, *kept_and_cotangents: Any
+) -> tuple[Tensor, ...]:
+    """Derivatives of `<v, gradients>` in the gates, all `h` and `c`, `x` and `W`, each as if it were free.
+
+    That is `sum over rows of a' . da + c' e dh + c_before' f dc + da . (W' z + W z')` with
+    `da = slopes (dgates + factors d)`, in which `a', h', c'` and `da, dh, dc` are constants.
+    """
+    *of_kept, da, dh, dc, dgates, steps = kept_and_cotangents
+    kept, B, (K, I) = _Kept(*of_kept), steps.sizes[0], v_x.shape[1:]  # noqa: E741
     slopes, factors = _slopes(kept.gates), _factors(kept.gates, kept.tanh_c, kept.c_before)
     bends = 1 - 2 * kept.gates  # s'' / s'
     bends[:, 2] -= 1  # tanh'' / tanh'
-    slope_of_tanh = 1 - kept.tanh_c.square()
-    o_tanh_c, dc_e = kept.gates[:, 3] * kept.tanh_c, dh[B:]
-    gates_ = slopes.unsqueeze(1) * a_
-    i_, f_, g_, o_ = gates_.unbind(2)
-    tanh_c_ = slope_of_tanh.unsqueeze(1) * c_[B:]
-    q_ = torch.stack([g_, c_[steps.before], i_, tanh_c_], 2).mul_(slopes.unsqueeze(1))
-    q_.addcmul_(gates_, (bends * factors).unsqueeze(1))
-    e_ = (slope_of_tanh.unsqueeze(1) * o_).addcmul_(o_tanh_c.unsqueeze(1), tanh_c_, value=-2)
-
-    d_states = torch.stack([dc[B:], dc[B:], dc[B:], dh[B:]], 1)
-    da_ = q_.mul_(d_states.unsqueeze(1))
-    W_da = (da @ v_W.transpose(0, 1).flatten(1)).unflatten(1, (K, I + H))  # W'^T da
-    dh_ = steps.sent_before(W_da[:, :, I:])
-    dc_ = steps.sent_before(f_ * dc[B:].unsqueeze(1))
-    dc_[B:].addcmul_(e_, dc_e.unsqueeze(1))
-    _sweep_back(da_, dh_, dc_, kept, steps)
+    dh, dc = dh[B:], dc[B:]
+    d = torch.stack([dc, dc, dc, dh], 1)
+    bends *= factors.mul_(d) if dgates is None else factors.mul_(d).add_(dgates)
+    i_d, f_d, g_d, o_d = slopes.mul_(d).unsqueeze(1).unbind(2)
+    falls = 1 - kept.tanh_c.square()  # tanh'(c)
+    a_i, a_f, a_g, a_o = a_.unbind(2)
+    of_gates = a_ * bends.unsqueeze(1)
+    of_i, of_f, of_g, of_o = of_gates.unbind(2)
+    of_i.addcmul_(a_g, g_d)
+    of_g.addcmul_(a_i, i_d)
+    of_f.addcmul_(c_[steps.before], dc.unsqueeze(1))
+    of_o.addcmul_(c_[B:], (falls * dh).unsqueeze(1))
+    of_c = steps.sent_before(a_f * f_d)
+    of_c[B:].addcmul_(a_o, o_d * falls.unsqueeze(1))
+    of_c[B:].addcmul_(c_[B:], (kept.gates[:, 3] * kept.tanh_c * falls * dh).unsqueeze(1), value=-2)
+    W_da = (da @ v_W.transpose(0, 1).flatten(1)).unflatten(1, (K, -1))  # W'^T da
+    of_h = steps.sent_before(W_da[:, :, I:])
     z_ = torch.cat([v_x, h_[steps.before]], 2)
-    dW_ = _of_weights(da_, kept).add_((da.mT @ z_.flatten(1)).unflatten(1, (K, I + H)).transpose(0, 1))
-    dx_ = _of_inputs(da_, kept).add_(W_da[:, :, :I])
-    return (*of_results, dx_, dh_[:B], dc_[:B], dW_, da_.sum(0).flatten(1)), (1, 1, 1, 1, 1, 1, 0, 0)
+    of_W = (da.mT @ z_.flatten(1)).unflatten(1, (K, -1)).transpose(0, 1)
+    return of_gates, of_h, of_c, W_da[:, :, :I], of_W
 
 
 def _swept_forward(a_: Tensor, h: Tensor, c: Tensor, kept: _Kept, steps: Steps) -> tuple[Tensor, Tensor]:
@@ -330,11 +359,12 @@ def _swept_forward(a_: Tensor, h: Tensor, c: Tensor, kept: _Kept, steps: Steps) 
     N, K, _, H = a_.shape
     h, c = (torch.cat([t, t.new_empty(N, K, H)]) for t in (h, c))
     to_gates = kept.W[:, kept.inputs :].mT
-    for a_t, flat, before, h_t, c_before, c_t, q, e, f in _per_step(a_, h, c, kept, steps):
+    parts = a_.split(steps.sizes), kept.q.unsqueeze(1).split(steps.sizes), *_per_step(a_, h, c, kept, steps)
+    for a_t, q, flat, before, h_t, c_before, c_t, e, f in zip(*parts, strict=True):
         flat.addmm_(before, to_gates)
-        own = q * a_t
-        torch.sum(own[:, :, :3], 2, out=c_t).addcmul_(f, c_before)
-        torch.addcmul(own[:, :, 3], e, c_t, out=h_t)
+        i, f_, g, o = (q * a_t).unbind(2)
+        torch.addcmul(i, f, c_before, out=c_t).add_(f_).add_(g)
+        torch.addcmul(o, e, c_t, out=h_t)
     return h, c
 
 
@@ -348,22 +378,24 @@ def _sweep_back(da: Tensor, dh: Tensor, dc: Tensor, kept: _Kept, steps: Steps) -
         kept: Of the forward pass.
         steps: Its steps.
     """
-    from_gates = kept.W[:, kept.inputs :]
-    for da_t, flat, before, dh_t, dc_before, dc_t, q, e, f in reversed(list(_per_step(da, dh, dc, kept, steps))):
+    from_gates, q, B = kept.W[:, kept.inputs :], kept.q.unsqueeze(1), steps.sizes[0]
+    of_gates = da[:, :, :3], q[:, :, :3], dc[B:].unsqueeze(2), da[:, :, 3], q[:, :, 3]
+    parts = *(t.split(steps.sizes) for t in of_gates), *_per_step(da, dh, dc, kept, steps)
+    from_last_on = [*zip(*parts, strict=True)][::-1]
+    for da_ifg, q_ifg, dc_each, da_o, q_o, flat, before, dh_t, dc_before, dc_t, e, f in from_last_on:
         dc_t.addcmul_(e, dh_t)
-        da_t[:, :, :3].addcmul_(q[:, :, :3], dc_t.unsqueeze(2))
-        da_t[:, :, 3].addcmul_(q[:, :, 3], dh_t)
+        da_ifg.addcmul_(q_ifg, dc_each)
+        da_o.addcmul_(q_o, dh_t)
         dc_before.addcmul_(f, dc_t)
         before.addmm_(flat, from_gates)
 
 
-def _per_step(a: Tensor, h: Tensor, c: Tensor, kept: _Kept, steps: Steps) -> Iterable[tuple[Tensor, ...]]:
-    """For each time step `a`, the same as a matrix, `h_before` as one, `h`, `c_before`, `c`, and `q`, `e`, `f`."""
+def _per_step(a: Tensor, h: Tensor, c: Tensor, kept: _Kept, steps: Steps) -> tuple[Sequence[Tensor], ...]:
+    """For each time step `a` as a matrix, `h_before` as one, `h`, `c_before`, `c`, and `e`, `f`."""
     matrix = a.flatten(0, 1).flatten(1).split([size * a.shape[1] for size in steps.sizes])
     h_before, c_before = steps.cut(h.flatten(0, 1))[0], steps.cut(c)[0]
-    q, e, f = (t.unsqueeze(1).split(steps.sizes) for t in (kept.q, kept.e, kept.gates[:, 1]))
-    parts = a.split(steps.sizes), matrix, h_before, steps.cut(h)[1], c_before, steps.cut(c)[1], q, e, f
-    return zip(*parts, strict=True)
+    e, f = (t.unsqueeze(1).split(steps.sizes) for t in (kept.e, kept.gates[:, 1]))
+    return matrix, h_before, steps.cut(h)[1], c_before, steps.cut(c)[1], e, f
 
 
 def _of_weights(da: Tensor, kept: _Kept) -> Tensor:

@@ -120,9 +120,14 @@ def test_what_a_transform_works_on_stays_torchs(monkeypatch):
 
 
 def test_an_lstm_in_bfloat16_under_autocast_stays_torchs(monkeypatch):
-    layers = count_layers(monkeypatch)
-    with DirectionalLSTM(), torch.autocast("cpu", torch.bfloat16):
-        nn.LSTM(2, 3)(torch.ones(4, 1, 2))
+    layers, module, x = count_layers(monkeypatch), nn.LSTM(2, 3), torch.ones(4, 1, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        try:
+            module(x)
+        except RuntimeError as error:
+            pytest.skip(f"torch has none on this CPU: {error}")
+        with DirectionalLSTM():
+            module(x)
     assert not layers
 
 
