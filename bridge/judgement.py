@@ -13,7 +13,7 @@ from bridge import diagnostics, measurements
 from bridge.diagnostics import Diagnostics
 from bridge.session import Session
 from bridge.solving import Choice
-from lissa import Params, Solution, tree
+from lissa import Params, Solution
 
 MOST_CORRELATED = 8
 """Right-hand sides whose scores are compared with plain gradient products, for a warning."""
@@ -44,8 +44,7 @@ def of_solution(
     correlation = torch.full_like(cosine, torch.nan, dtype=torch.float64)
     plain = (cosine >= diagnostics.PLAIN_GRADIENT).nonzero()[:MOST_CORRELATED, 0]
     if len(plain):
-        v, x = (tree.map(lambda t: t[plain], stack) for stack in (vectors, solution.value))
-        correlation[plain] = measurements.correlations(session, train, v, x, seed=seed)
+        correlation[plain] = measurements.correlations(session, train, vectors, solution.value, plain, seed=seed)
     return Diagnostics(
         solver=choice.solver,
         damping=choice.damping,

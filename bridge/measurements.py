@@ -20,6 +20,9 @@ from lissa.stacked import norms, vdots
 CACHED = 2**17
 """Numbers of vectors that are passed over together, so that what is made of them stays in a cache."""
 
+EIGENVALUE_RTOL = 0.1
+"""The residual of the eigenvector, relative to its eigenvalue, whose error is about the square of that."""
+
 SAMPLE = 64
 """Training instances that the largest eigenvalue and the correlation are measured on: for a warning, two digits do."""
 
@@ -39,8 +42,10 @@ def relative_residuals(
     Only the first `count` are measured; the others are NaN.
     """
     found = next(iter(vectors.values())).new_full((strategies.length(vectors),), torch.nan)
+    product = scored.with_products(session, train, ihvps, count) if count else None
     vectors, ihvps = (tree.map(lambda t: t[:count], x) for x in (vectors, ihvps))
-    damped = tree.add_scaled(_product(session, train, ihvps, ranks), damping, ihvps)
+    product = _product(session, train, ihvps, ranks) if product is None else product
+    damped = tree.add_scaled(product, damping, ihvps)
     found[:count] = (norms(tree.sub(vectors, damped)) / norms(vectors)).nan_to_num(0.0)
     return found
 
@@ -53,23 +58,41 @@ def cosines(vectors: Params, ihvps: Params) -> Tensor:
 
 
 def largest_eigenvalue(session: Session, train: Sequence[Any], *, seed: int) -> float:
-    """The largest eigenvalue of the Hessian on a sample of the training data, from below, by eight products."""
+    """The largest eigenvalue of the Hessian on a sample of the training data, from below, by eight products at most."""
     chosen = _sample(len(train), seed)
     batch = session.batch(train, chosen)
     matvec = products.linearised_product(session.model, batch)
     generator = torch.Generator().manual_seed(seed)
-    return float(lissa.largest_eigenvalue(matvec, session.model.params, generator=generator))
+    return float(lissa.largest_eigenvalue(matvec, session.model.params, generator=generator, rtol=EIGENVALUE_RTOL))
 
 
-def correlations(session: Session, train: Sequence[Any], vectors: Params, ihvps: Params, *, seed: int) -> Tensor:
-    """Pearson correlation, over a sample of the training data, of scores with plain gradient products, shape `(K,)`.
+def correlations(
+    session: Session, train: Sequence[Any], vectors: Params, ihvps: Params, which: Tensor, *, seed: int
+) -> Tensor:
+    """Pearson correlation, over a sample of the training data, of scores with plain gradient products.
 
     NaN where the sample's scores do not vary.
+
+    Args:
+        session: Of the public call.
+        train: All training instances.
+        vectors: K right-hand sides, stacked.
+        ihvps: Their solutions.
+        which: Indices of those to look at, as many as results.
+        seed: Of the sample.
     """
     chosen = _sample(len(train), seed)
-    both = tree.map(lambda v, x: torch.cat([v, x]), vectors, ihvps)
-    parts = [scores for _, scores in scored.scores(session, train, both, chosen=chosen, description="sampling")]
-    plain, scores = torch.cat(parts, dim=1).double().chunk(2)
+
+    def of_sample(some: Params) -> Tensor:
+        found = scored.scores(session, train, some, chosen=chosen, description="sampling")
+        return scored.columns(found, chosen).double()
+
+    v, x = (tree.map(lambda t: t[which], stack) for stack in (vectors, ihvps))
+    known = scored.found_before(session, ihvps)
+    if known is None:
+        plain, scores = of_sample(tree.map(lambda *both: torch.cat(both), v, x)).chunk(2)
+    else:
+        plain, scores = of_sample(v), scored.columns(known, chosen)[which].double()
     plain, scores = (s - s.mean(1, keepdim=True) for s in (plain, scores))
     return (plain * scores).sum(1) / (plain.norm(dim=1) * scores.norm(dim=1))
 

@@ -4,9 +4,10 @@ That an instance has the same loss and gradient in company as alone is tried on 
 thousand. Knows a session's instances and how they are batched; knows nothing of what scores are for.
 """
 
+import itertools
 import logging
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from bridge.row_losses import row_losses
 from bridge.rows import Numbered
 from bridge.session import Session, check_finite
 from lissa import Params, tree
+from lissa.influence import Scored
 from lissa.stacked import norms
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,11 @@ def scores(
         role: For messages.
     """
     chosen = range(len(instances)) if chosen is None else chosen
+    found = found_before(session, ihvps)
+    if found is not None and chosen == range(len(instances)):
+        del session.known["scores found"]
+        yield from found
+        return
     if session.model.last_layer is not None:
         yield from _from_stacks(session, instances, ihvps, chosen, description, role)
         return
@@ -54,14 +61,94 @@ def scores(
             continue
         size = rows_at_once(session, instances, window[-1], vectors=1)
         for start in range(0, len(window), size):
-            yield from _from_batch(session, instances, ihvps, window[start : start + size], role)
+            for indices, of_batch in _from_batch(session, instances, ihvps, window[start : start + size], role):
+                yield indices, of_batch.scores
+
+
+class _Found(NamedTuple):
+    """Scores of all training instances, found on the way to something else."""
+
+    ihvps: Params
+    parts: list[tuple[list[int], Tensor]]
+
+
+class _Losses(NamedTuple):
+    """The losses of all of some instances, that go together."""
+
+    instances: Sequence[Any]
+    values: Tensor
+
+
+def with_products(session: Session, train: Sequence[Any], ihvps: Params, count: int) -> Params | None:
+    """`H x_k` on all training instances for the first `count` of K vectors; on the way, the scores of all K are found.
+
+    One pass for both is half of what they take by themselves, and `scores` will find what this one has found. None,
+    where that is no use: nothing will be scored, another way is faster, or there would be too much to keep.
+
+    Args:
+        session: Of the public call.
+        train: All training instances.
+        ihvps: K vectors, stacked.
+        count: How many of them are multiplied, at least one.
+    """
+    n, K = len(train), strategies.length(ihvps)
+    if not session.will_score or session.model.last_layer is not None or K * n > MOST_FOUND:
+        return None
+    parts: list[tuple[list[int], Tensor]] = []
+    total = tree.map(lambda t: torch.zeros_like(t[:count]), ihvps)
+    losses = next(iter(ihvps.values())).new_empty(n)
+    watched = {"description": "residual and scores", "role": "training", "chosen": range(n)}
+    for _, window in session.windows(train, most=WINDOW, **watched):
+        if not _go_together(session, train, window, K):
+            return None
+        size = rows_at_once(session, train, window[-1], vectors=count)
+        for start in range(0, len(window), size):
+            some = window[start : start + size]
+            for indices, of_batch in _from_batch(session, train, ihvps, some, "training", products=count):
+                parts.append((indices, of_batch.scores))
+                losses[indices] = of_batch.losses
+                for name, t in of_batch.products.items():
+                    total[name].add_(t, alpha=1 / n)
+    session.known.update({"scores found": _Found(ihvps, parts), "losses found": _Losses(train, losses)})
+    return total
+
+
+def _known_losses(session: Session, instances: Sequence[Any]) -> Tensor | None:
+    found: _Losses | None = session.known.get("losses found")
+    return found.values if found is not None and found.instances is instances else None
+
+
+def found_before(session: Session, ihvps: Params) -> list[tuple[list[int], Tensor]] | None:
+    """The scores of all training instances, if `with_products` has found them for these very vectors."""
+    found: _Found | None = session.known.get("scores found")
+    return found.parts if found is not None and found.ihvps is ihvps else None
+
+
+def columns(found: Iterable[tuple[list[int], Tensor]], chosen: Sequence[int]) -> Tensor:
+    """Of scores as they come those of the chosen instances, in their order, shape `(K, len(chosen))`.
+
+    Example:
+        >>> columns([([2, 0], torch.tensor([[5.0, 3.0]])), ([1], torch.tensor([[4.0]]))], [0, 2])
+        tensor([[3., 5.]])
+    """
+    indices, scores = zip(*found, strict=True)
+    place = {i: column for column, i in enumerate(itertools.chain(*indices))}
+    return torch.cat(scores, dim=1)[:, [place[i] for i in chosen]]
+
+
+MOST_FOUND = 2**22
+"""Most scores that are kept until they are asked for."""
 
 
 def losses(
     session: Session, instances: Sequence[Any], chosen: Sequence[int], *, role: str = "training"
 ) -> dict[int, float]:
     """The loss of each chosen instance, checked to be finite: of texts too many at a time, where that is right."""
-    rows = session.rows(instances)
+    known, rows = _known_losses(session, instances), session.rows(instances)
+    if known is not None:
+        values = known[list(chosen)]
+        check_finite("loss", role, chosen, values)
+        return dict(zip(chosen, values.tolist(), strict=True))
     alone = rows.gathered or session.model.last_layer is not None or session.known.get("instances go alone", False)
     if alone or len(chosen) < FEW:
         return session.losses(role, instances, chosen)
@@ -125,23 +212,23 @@ def _from_stacks(
 
 
 def _from_batch(
-    session: Session, instances: Sequence[Any], ihvps: Params, some: list[Numbered], role: str
-) -> Iterator[tuple[list[int], Tensor]]:
+    session: Session, instances: Sequence[Any], ihvps: Params, some: list[Numbered], role: str, *, products: int = 0
+) -> Iterator[tuple[list[int], Scored]]:
     """Of one batch, or two halves of it where memory does not suffice."""
     indices = [i for i, _ in some]
     try:
         with session.naming(role, instances, indices):
             batch = session.rows(instances).together(some)
-            found = strategies.row_scores(session.model, ihvps, batch, len(some))[1]
+            found = strategies.row_scores(session.model, ihvps, batch, len(some), products=products)
     except (RuntimeError, MemoryError) as error:
         if len(some) == 1 or not strategies.is_out_of_memory(error):
             raise
         logger.warning("Out of memory for %d examples: going on with %d at a time.", len(some), -(-len(some) // 2))
         half = -(-len(some) // 2)
-        yield from _from_batch(session, instances, ihvps, some[:half], role)
-        yield from _from_batch(session, instances, ihvps, some[half:], role)
+        yield from _from_batch(session, instances, ihvps, some[:half], role, products=products)
+        yield from _from_batch(session, instances, ihvps, some[half:], role, products=products)
         return
-    check_finite("score", role, indices, found)
+    check_finite("score", role, indices, found.scores)
     yield indices, found
 
 
@@ -162,7 +249,9 @@ def _go_together(session: Session, instances: Sequence[Any], window: list[Number
         longest = rows.together(window[-1:])
         if strategies.by_gradients(session.model, longest, len(window), vectors):
             return False
-        right = _are_alike_alone(session, instances, [window[0], *window[1:][-1:]])
+        right = _known_losses(session, instances) is not None or _are_alike_alone(
+            session, instances, [window[0], *window[1:][-1:]]
+        )
     except Exception as error:  # an instance that fails alone too will be named by whoever needs it
         logger.info("Instances are scored alone: %s", error)
         right = False
@@ -176,7 +265,7 @@ def _are_alike_alone(session: Session, instances: Sequence[Any], ends: list[Numb
     rows, model = session.rows(instances), session.model
     alone = [loss_and_gradient(model.loss_fn, model.params, rows.together([one])) for one in ends]
     losses, gradients = torch.stack([loss for loss, _ in alone]), strategies.stack_vectors([g for _, g in alone])
-    together, products = strategies.row_scores(model, gradients, rows.together(ends), len(ends))
+    together, products, _ = strategies.row_scores(model, gradients, rows.together(ends), len(ends))
     lengths = norms(gradients)
     expected = torch.stack([tree.vdot(a, b) for _, a in alone for _, b in alone]).reshape(products.shape)
     rtol = torch.finfo(losses.dtype).eps ** 0.5

@@ -35,6 +35,7 @@ class Session:
         show: Whether long work shows a progress bar.
         most_rows: Most training instances to take at a time, if the caller said so.
         expand: Makes expansions of batches, where `model` works on these.
+        will_score: Whether what is solved for will be scored on all training instances.
         known: What was found out and made for this call.
     """
 
@@ -43,6 +44,7 @@ class Session:
     show: bool
     most_rows: int | None = None
     expand: Expander | None = None
+    will_score: bool = False
     known: dict[str, Any] = field(default_factory=dict)
     _expanded: dict[int, tuple[Any, ExpandedRows]] = field(default_factory=dict)
 

@@ -7,6 +7,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -411,7 +412,8 @@ class SimpleInfluence(InfluenceInterpreter):
         self, session: Session, tests: Rows, reduction: Reduction, record: Record
     ) -> Iterator[tuple[Tensor, Reduced]]:
         if self.settings.solver != gauss_newton.NAME or not len(tests):
-            yield from super()._scored(session, tests, reduction, record)
+            at_once = not self._compat and not record.kept and self._ranks.size == 1
+            yield from super()._scored(replace(session, will_score=at_once), tests, reduction, record)
             return
 
         of_all = partial(

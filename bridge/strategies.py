@@ -25,8 +25,7 @@ from lissa import (
     take,
     tree,
 )
-from lissa.influence import scores_of_graph
-from lissa.lstm import DirectionalLSTM
+from lissa.influence import Scored, scores_of_row_losses
 from lissa.scoring import ScoringPlan, forward_work, plan_scoring
 
 logger = logging.getLogger(__name__)
@@ -132,16 +131,15 @@ def scores(model: Functional) -> Callable[[Params, Batch], Tensor]:
     return first_that_runs("scores", *map(in_halves, (at_once, by_gradients)), a_few_at_a_time)
 
 
-def row_scores(model: Functional, ihvps: Params, batch: Batch, count: int) -> tuple[Tensor, Tensor]:
-    """Losses `(B,)` and scores `(K, B)` of the `count` rows of one batch, on one graph.
+def row_scores(model: Functional, ihvps: Params, batch: Batch, count: int, *, products: int = 0) -> Scored:
+    """Losses and scores of the `count` rows of one batch, and the sum of their products with the first of the vectors.
 
     Raises:
         NoRowLossesError: If the model's loss is not a mean over rows that can be told apart.
     """
-    leaves = tree.map(lambda p: p.detach().requires_grad_(), model.params)
-    with torch.enable_grad(), DirectionalLSTM(curved=False):
-        losses = row_losses(model.loss_fn, leaves, batch, count)
-    return losses.detach(), scores_of_graph(losses, leaves, ihvps)
+    return scores_of_row_losses(
+        lambda params: row_losses(model.loss_fn, params, batch, count), model.params, ihvps, products=products
+    )
 
 
 def by_gradients(model: Functional, example: Batch, examples: int, vectors: int) -> bool:

@@ -5,8 +5,8 @@ knows nothing of how the `ihvp` was solved for.
 """
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,8 +54,8 @@ def influence_scores(
             `"per-example-gradients"`: B gradients by vmap, then one matrix product for all K vectors; the tensors of
             the batch must share their first dimension, and the loss of an example must depend on that example alone.
             `"double-vjp"`: one call of the loss for all examples, then one backward pass a vector through the graph of
-            its gradient, see `scores_of_graph`. It needs second derivatives and nothing of `torch.func`, so it takes
-            packed sequences and branches on the data; its scores are constants to autograd.
+            its gradient, see `scores_of_row_losses`. It needs second derivatives and nothing of `torch.func`, so it
+            takes packed sequences and branches on the data; its scores are constants to autograd.
             `"auto"`: the one that `scoring_plan` expects to be fastest, with its chunks of examples; jvp where the
             batch cannot be cut into examples. Or such a plan, made once for many batches.
         chunk_size: Bounds the memory: at most so many vectors (jvp) or examples (the others) at a time.
@@ -122,41 +122,76 @@ def influence_scores(
     return scores if stacked else scores.squeeze(0)
 
 
-def scores_of_graph(losses: Tensor, leaves: Params, ihvp: Params) -> Tensor:
-    """`score_ik = grad_i . x_k = d (grad (u . losses) . x_k) / d u_i` of losses that were computed from `leaves`.
+class Scored(NamedTuple):
+    """What `scores_of_row_losses` finds of B examples and K vectors.
+
+    Attributes:
+        losses: Of each example, shape `(B,)`.
+        scores: Shape `(K, B)`.
+        products: `sum_i H_i x_k` for the first vectors, stacked.
+    """
+
+    losses: Tensor
+    scores: Tensor
+    products: Params
+
+
+def scores_of_row_losses(
+    row_losses: Callable[[Params], Tensor], params: Params, ihvp: Params, *, products: int = 0
+) -> Scored:
+    """`score_ik = grad_i . x_k` and `sum_i H_i x_k`: the derivatives of `grad (u . losses) . x_k` in `u` and `params`.
 
     The gradient of `u . losses` is linear in `u`, so a second backward pass for each vector gives all examples' scores:
-    for as many examples as go through the model together, of any model that can be differentiated twice.
+    for as many examples as go through the model together, of any model that can be differentiated twice. Where that
+    pass goes on to the parameters, it gives the product with the sum of the examples' Hessians too.
 
     Args:
-        losses: Of B examples, shape `(B,)`, each a function of its own example.
-        leaves: The parameters they were computed from, which require grad.
+        row_losses: `row_losses(params) -> (B,)`, each a function of its own example. Called once.
+        params: Where the gradients are taken.
         ihvp: K vectors, stacked.
+        products: Of how many vectors, the first ones, the products are asked for.
 
     Returns:
-        Shape `(K, B)`, constant to autograd.
+        The scores and products, constants to autograd.
 
     Raises:
         RuntimeError: If an operation cannot be differentiated twice.
 
     Example:
-        >>> w = torch.tensor([3.0, 1.0], requires_grad=True)
-        >>> losses = (torch.tensor([[1.0, 0.0], [0.0, 2.0]]) @ w).square() / 2
-        >>> scores_of_graph(losses, {"w": w}, {"w": torch.tensor([[1.0, 1.0]])})
-        tensor([[3., 4.]])
+        >>> def losses(params):
+        ...     return (torch.tensor([[1.0, 0.0], [0.0, 2.0]]) @ params["w"]).square() / 2
+        >>> scored = scores_of_row_losses(
+        ...     losses, {"w": torch.tensor([3.0, 1.0])}, {"w": torch.tensor([[1.0, 1.0]])}, products=1
+        ... )
+        >>> scored.scores, scored.products  # H_1 + H_2 = diag(1, 4)
+        (tensor([[3., 4.]]), {'w': tensor([[1., 4.]])})
 
     Source: J. Townsend, A new trick for calculating Jacobian vector products, 2017.
     """
-    u = torch.ones_like(losses, requires_grad=True)
-    if not losses.requires_grad:
-        return losses.new_zeros(len(next(iter(ihvp.values()))), len(losses))
-    check_twice_differentiable(losses, "`influence_scores(method='double-vjp')`")
-    with torch.enable_grad(), twice_differentiable():
-        gradient = torch.autograd.grad(losses, tuple(leaves.values()), u, create_graph=True, materialize_grads=True)
-        gradient = tuple(map(dense, gradient))
+    leaves = tree.map(lambda p: p.detach().requires_grad_(), params)
+    with torch.enable_grad(), twice_differentiable(), DirectionalLSTM(curved=products > 0) as lstm:
+        losses = row_losses(leaves)
     vectors = tuple(ihvp[k].detach() for k in leaves)
+    if not losses.requires_grad:
+        none = tree.map(lambda t: torch.zeros_like(t[:products]), ihvp)
+        return Scored(losses, losses.new_zeros(len(vectors[0]), len(losses)), none)
+    check_twice_differentiable(losses, "`influence_scores(method='double-vjp')`")
+    u = torch.ones_like(losses, requires_grad=True)
+
+    def gradient() -> tuple[Tensor, ...]:
+        with torch.enable_grad(), twice_differentiable():
+            found = torch.autograd.grad(losses, tuple(leaves.values()), u, create_graph=True, materialize_grads=True)
+            return tuple(map(dense, found))
+
     with twice_differentiable():
-        return pulled_back(gradient, (u,), vectors, at_once=max(1, PULLED_AT_ONCE // max(1, len(losses))))[0]
+        pulled = gradient()
+        found, *of_leaves = pulled_back(pulled, (u, *leaves.values()), [v[:products] for v in vectors])
+        if products and lstm.met:  # of the others nothing that only products need
+            lstm.curved = False
+            pulled = gradient()
+        at_once = max(1, PULLED_AT_ONCE // max(1, len(losses)))
+        others = pulled_back(pulled, (u,), [v[products:] for v in vectors], at_once=at_once)[0]
+    return Scored(losses.detach(), torch.cat([found, others]), dict(zip(leaves, of_leaves, strict=True)))
 
 
 PULLED_AT_ONCE = 1024
@@ -256,20 +291,16 @@ def per_example_gradients(
 def _by_double_vjp(
     example_loss_fn: ExampleLossFn, params: Params, vectors: Params, batch: Batch, chunk_size: int | None
 ) -> Tensor:
-    """`scores_of_graph` of leaf copies of the parameters, for chunks of examples."""
+    """`scores_of_row_losses`, for chunks of examples."""
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not is_constant():
         raise NotImplementedError(
             "`influence_scores(method='double-vjp')` runs torch.autograd on copies of the parameters: not inside "
             "transforms of torch.func, torch.compile or inference mode. Use method='auto', 'jvp' or "
             "'per-example-gradients' there."
         )
-    leaves = tree.map(lambda p: p.detach().requires_grad_(), params)
-    scores = []
-    for part in [batch] if chunk_size is None else _cut(batch, chunk_size):
-        with torch.enable_grad(), twice_differentiable(), DirectionalLSTM(curved=False):
-            losses = _example_loss_of_params(example_loss_fn, part)(leaves)
-        scores.append(scores_of_graph(losses, leaves, vectors))
-    return torch.cat(scores, dim=-1)
+    parts = [batch] if chunk_size is None else _cut(batch, chunk_size)
+    losses = (_example_loss_of_params(example_loss_fn, part) for part in parts)
+    return torch.cat([scores_of_row_losses(each, params, vectors).scores for each in losses], dim=-1)
 
 
 def _differentiable() -> tuple[str, ...]:

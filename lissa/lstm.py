@@ -27,7 +27,8 @@ class DirectionalLSTM(TorchFunctionMode):
     work, mixed dtypes) and what a transform of `torch.func` is at work on stays torch's.
 
     Args:
-        curved: Whether the gradient is to be differentiated in what it is taken at, and not only in its cotangent.
+        curved: Whether gradients are to be differentiated in what they are taken at, and not only in their cotangents.
+            It may be set anew between two gradients of one loss.
 
     Example:
         >>> lstm = torch.nn.LSTM(2, 3)
@@ -56,7 +57,7 @@ class DirectionalLSTM(TorchFunctionMode):
         packed = isinstance(args[1], Tensor)
         call = _of_packed(*args) if packed else _of_padded(*args)
         if call is not None:
-            return call.run(self.curved, packed)
+            return call.run(lambda: self.curved, packed)
         return func(*args)
 
 
@@ -123,7 +124,7 @@ class _Call(NamedTuple):
     directions: int
     batch_first: bool
 
-    def run(self, curved: bool, packed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def run(self, is_curved: Callable[[], bool], packed: bool) -> tuple[Tensor, Tensor, Tensor]:
         """What `torch.lstm` returns."""
         x, steps, lasts = self.data, steps_of(self.sizes, self.data.device), []
         for start in range(0, len(self.weights), self.directions):
@@ -133,7 +134,7 @@ class _Call(NamedTuple):
                 W_ih, W_hh, *biases = self.weights[k]
                 W, b = torch.cat([W_ih, W_hh], 1), sum(biases) if biases else W_ih.new_zeros(len(W_ih))
                 initial = [t[k] for t in self.initial]
-                *last, _, h, _ = Layer.apply(x if way is None else rows(x, way), *initial, W, b, steps, curved)
+                *last, _, h, _ = Layer.apply(x if way is None else rows(x, way), *initial, W, b, steps, is_curved)
                 h = h[len(initial[0]) :]
                 outputs.append(h if way is None else rows(h, way))
                 lasts.append(last)

@@ -22,7 +22,7 @@ step before, `dc_before = f dc`, `dh_before = W^T da`.
 Source: B. A. Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 6 (1994), sections 3 and 4.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -132,9 +132,9 @@ class Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, h: Tensor, c: Tensor, W: Tensor, b: Tensor, steps: Steps, curved: bool
+        ctx: Any, x: Tensor, h: Tensor, c: Tensor, W: Tensor, b: Tensor, steps: Steps, is_curved: Callable[[], bool]
     ) -> tuple[Tensor, ...]:
-        """See the class; `curved` as in `lissa.lstm.DirectionalLSTM`."""
+        """See the class; whether a gradient is curved, in the sense of `lissa.lstm`, is asked when it is taken."""
         (N, I), (B, H) = x.shape, h.shape  # noqa: E741
         gates, tanh_c = torch.addmm(b, x, W[:, :I].mT).unflatten(1, (4, H)), x.new_empty(N, H)
         states_h, states_c = (torch.cat([t, t.new_empty(N, H)]) for t in (h, c))
@@ -154,7 +154,7 @@ class Layer(torch.autograd.Function):
             z = torch.cat([x, states_h[steps.before]], 1)
             kept = _Kept.of(z, gates, tanh_c, states_c[steps.before], W)
             ctx.save_for_backward(x, states_h, states_c, *kept)
-        ctx.steps, ctx.curved = steps, curved
+        ctx.steps, ctx.is_curved = steps, is_curved
         ctx.set_materialize_grads(False)
         return states_h[B:][steps.last], states_c[B:][steps.last], gates, states_h, states_c
 
@@ -165,7 +165,8 @@ class Layer(torch.autograd.Function):
             return (None,) * 7
         x, h, c, *of_kept = ctx.saved_tensors
         kept, B = _Kept(*of_kept), ctx.steps.sizes[0]
-        at = [t if ctx.curved else t.detach() for t in (kept.gates, h, c, x, kept.W)]
+        curved = ctx.is_curved()
+        at = [t if curved else t.detach() for t in (kept.gates, h, c, x, kept.W)]
         dh_last, dc_last, dgates, dh, dc = cotangents
         given = [torch.zeros_like(t) if dt is None else dt for dt, t in ((dh_last, h[:B]), (dc_last, c[:B]))]
         given += [dgates, *(torch.zeros_like(t) if dt is None else dt for dt, t in ((dh, h), (dc, c)))]

@@ -133,7 +133,9 @@ def estimate_spectrum(
     )
 
 
-def largest_eigenvalue(matvec: Matvec, like: Params, *, generator: torch.Generator, steps: int = 8) -> Tensor:
+def largest_eigenvalue(
+    matvec: Matvec, like: Params, *, generator: torch.Generator, steps: int = 8, rtol: float = 0.0
+) -> Tensor:
     """The largest eigenvalue from below, `max eig(Q^T H Q)` after a few Lanczos steps: to a digit or two, and cheap.
 
     In a few steps the three-term recurrence loses no orthogonality worth mending, so that besides the products only
@@ -143,7 +145,9 @@ def largest_eigenvalue(matvec: Matvec, like: Params, *, generator: torch.Generat
         matvec: `matvec(v) -> H v`, symmetric and the same at each call.
         like: Parameters that give keys, shapes and dtype.
         generator: Where the start comes from.
-        steps: Products.
+        steps: Most products.
+        rtol: Where to stop before: as soon as `|H x - theta x| <= rtol |theta|` for the quotient `theta` of the unit
+            vector x it belongs to. An eigenvalue is then as near as that, and nearer by far if it lies apart.
 
     Returns:
         The Rayleigh quotient, shape `()`.
@@ -163,25 +167,29 @@ def largest_eigenvalue(matvec: Matvec, like: Params, *, generator: torch.Generat
     checks.params("largest_eigenvalue", like, "like")
     checks.generator("largest_eigenvalue", generator)
     checks.count("largest_eigenvalue", "steps", steps)
+    checks.non_negative("largest_eigenvalue", "rtol", rtol)
     H, flat = flat_matvec(matvec, like), tree.flatten(like)
     q = host.normal(len(flat), flat.dtype, flat.device, generator)
     q, before, beta = q / q.norm(), torch.zeros_like(q), flat.new_zeros(())
     alphas: list[Tensor] = []
     betas: list[Tensor] = []
+    theta = flat.new_zeros(())
     for _ in range(min(steps, len(flat))):
         r = H(q) - beta * before
         alphas.append(q @ r)
         r -= alphas[-1] * q
         beta = r.norm()
-        betas.append(beta)
-        if _is_small(beta, torch.stack(alphas).unsqueeze(0)):
+        T = torch.diag(torch.stack(alphas))
+        if betas:
+            off = torch.diag(torch.stack(betas), 1)
+            T = T + off + off.mT
+        thetas, vectors = torch.linalg.eigh(T)
+        theta, residual = thetas[-1], beta * vectors[-1, -1].abs()
+        if _is_small(beta, torch.stack(alphas).unsqueeze(0)) or host.any_true(residual <= rtol * theta.abs()):
             break
+        betas.append(beta)
         q, before = r / beta, q
-    T = torch.diag(torch.stack(alphas))
-    if len(alphas) > 1:
-        off = torch.diag(torch.stack(betas[:-1]), 1)
-        T = T + off + off.mT
-    return torch.linalg.eigvalsh(T)[-1]
+    return theta
 
 
 def batch_noise(

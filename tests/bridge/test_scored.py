@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import lissa
 from bridge import SimpleInfluence, scored, strategies
 from bridge.scored import losses, scores
 from lissa import tree
@@ -164,15 +165,19 @@ def test_many_vectors_of_long_sequences_go_by_gradients(monkeypatch):
     assert not refused
 
 
-def test_out_of_memory_halves_the_batch(monkeypatch, caplog):
+def of_small_batches_only(monkeypatch):
     plain = strategies.row_scores
 
-    def small(model, ihvps, batch, count):
+    def small(model, ihvps, batch, count, **asked):
         if count > 12:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return plain(model, ihvps, batch, count)
+        return plain(model, ihvps, batch, count, **asked)
 
     monkeypatch.setattr(strategies, "row_scores", small)
+
+
+def test_out_of_memory_halves_the_batch(monkeypatch, caplog):
+    of_small_batches_only(monkeypatch)
     got, expected, sizes, _ = found(texts(BagOfWords()))
     torch.testing.assert_close(got, expected, **EXACT)
     assert sizes == [10, 10, 10, 10]
@@ -187,6 +192,96 @@ def test_an_instance_whose_score_is_not_finite_is_named():
         ihvps = tree.map(lambda p: torch.ones(1, *p.shape, dtype=p.dtype), session.model.params)
         with pytest.raises(ValueError, match="Training instance 5: its score is not finite"):
             list(scores(session, influence._train, ihvps))
+
+
+def both(influence, count, **session_settings):
+    """The mean Hessian times the first of three vectors, and all scores, if both are found in one pass."""
+    with influence._session() as session:
+        session = replace(session, **{"will_score": True, **session_settings})
+        train, params = influence._train, session.model.params
+        ihvps = tree.normal_like(
+            {k: p.expand(3, *p.shape) for k, p in params.items()}, generator=torch.Generator().manual_seed(1)
+        )
+        products = scored.with_products(session, train, ihvps, count)
+        if products is None:
+            assert scored.found_before(session, ihvps) is None
+            return None
+        expected = tree.map(lambda t: torch.zeros_like(t[:count]), ihvps)
+        for i in range(len(train)):
+            batch = session.batch(train, [i])
+            for k in range(count):
+                vector = tree.map(lambda t, k=k: t[k], ihvps)
+                of_one = lissa.hvp(session.model.loss_fn, params, batch, vector, mode="double-backward")
+                for name, t in of_one.items():
+                    expected[name][k] += t / len(train)
+        known = scored.found_before(session, ihvps)
+        assert known is not None
+        assert scored.found_before(session, dict(ihvps)) is None  # others, for all that is known
+        some = scored.scores(session, train, ihvps, chosen=range(2))
+        got = scored.columns(some, range(2)), scored.columns(scored.scores(session, train, ihvps), range(len(train)))
+        assert scored.found_before(session, ihvps) is None  # nothing is held any longer than it is of use
+        again = scored.columns(scored.scores(session, train, ihvps), range(len(train)))
+        of_some = {i: float(session.loss_and_gradient("training", train, i)[0]) for i in (3, 1, 8)}
+        assert losses(session, train, [3, 1, 8]) == pytest.approx(of_some, rel=1e-10)
+    return products, expected, got, again
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("case", TOGETHER)
+def test_products_and_scores_in_one_pass(case, count):
+    products, expected, (some, scores), again = both(TOGETHER[case](), count)
+    torch.testing.assert_close(products, expected, **EXACT)
+    torch.testing.assert_close(scores, again, **EXACT)
+    torch.testing.assert_close(some, again[:, :2], **EXACT)
+
+
+@pytest.mark.parametrize("settings", [{"score_batch_size": 7}, {}])
+def test_products_and_scores_in_several_batches(settings, monkeypatch):
+    monkeypatch.setattr(scored, "WINDOW", 16)
+    of_small_batches_only(monkeypatch)
+    products, expected, (_, scores), again = both(texts(BagOfWords(), **settings), 2)
+    torch.testing.assert_close(products, expected, **EXACT)
+    torch.testing.assert_close(scores, again, **EXACT)
+
+
+@pytest.mark.parametrize("case", ALONE)
+def test_where_company_matters_there_is_no_pass_for_both(case):
+    assert both(ALONE[case](), 1) is None
+
+
+def test_there_is_no_pass_for_both_where_scores_are_not_wanted_or_too_many(monkeypatch):
+    assert both(texts(BagOfWords()), 1, will_score=False) is None
+    monkeypatch.setattr(scored, "MOST_FOUND", 3 * 40 - 1)
+    assert both(texts(BagOfWords()), 1) is None
+
+
+@pytest.mark.filterwarnings("ignore::bridge.diagnostics.InfluenceWarning")
+@pytest.mark.parametrize(
+    ("settings", "sampled"),
+    [({"ridge": 0.5, "scale": 5.0, "recursion_depth": 50}, []), ({}, [0])],
+    ids=["solved", "plain gradients"],
+)
+def test_a_call_goes_over_the_training_data_once_for_residuals_and_scores(settings, sampled, monkeypatch):
+    rows, plain = [], strategies.row_scores
+    monkeypatch.setattr(
+        strategies, "row_scores", lambda *args, **asked: rows.append((args[3], asked)) or plain(*args, **asked)
+    )
+
+    def called():
+        influence = texts(BagOfWords(), measure_residual=True, **settings)
+        del rows[:]
+        return influence.scores([influence._train[i] for i in range(4)]), influence.diagnostics
+
+    scores, diagnostics = called()
+    assert [asked["products"] for count, asked in rows if count == 40] == [4, *sampled]  # in one pass
+    assert diagnostics.correlation_with_plain.isnan().all() == (not sampled)
+    monkeypatch.setattr(scored, "MOST_FOUND", 0)
+    scores_apart, diagnostics_apart = called()
+    assert [asked["products"] for count, asked in rows if count == 40] == [*sampled, 0]
+    torch.testing.assert_close(scores, scores_apart, **EXACT)
+    for name in ("relative_residual", "correlation_with_plain"):
+        one, other = getattr(diagnostics, name), getattr(diagnostics_apart, name)
+        torch.testing.assert_close(one, other, equal_nan=True, **EXACT)
 
 
 def losses_of(influence, chosen):

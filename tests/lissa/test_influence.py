@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from lissa import checks, hvp, influence, influence_scores, per_example_gradients, scoring_plan, tree
-from lissa.influence import scores_of_graph
+from lissa import checks, hvp, influence, influence_scores, lstm_layer, per_example_gradients, scoring_plan, tree
+from lissa.influence import scores_of_row_losses
 from lissa.scoring import plan_scoring
 from tests.oracles import dense_gradients, dense_hessian, flatten, unflatten
 from tests.problems import recurrent
@@ -415,28 +415,59 @@ def test_losses_of_batches_of_one_are_scored_by_each_method(method, chunk_size, 
     torch.testing.assert_close(scores, expected, **CLOSE)
 
 
-@pytest.mark.parametrize("k", [0, 1, 3])
-def test_scores_of_losses_that_are_there_are_gradients_times_vectors(k):
+@pytest.mark.parametrize(("k", "products"), [(0, 0), (1, 0), (1, 1), (3, 0), (3, 1), (3, 3)])
+def test_scores_of_row_losses_are_gradients_times_vectors_and_products_those_of_the_sum(k, products):
     params, batch, generator = problem()
     ihvps = stacked_vectors(params, k, generator)
-    leaves = tree.map(lambda p: p.clone().requires_grad_(), params)
-    with torch.enable_grad():
-        losses = example_losses(leaves, batch)
     with torch.no_grad():
-        scores = scores_of_graph(losses, leaves, ihvps)
+        losses, scores, found = scores_of_row_losses(
+            partial_of(example_losses, batch), params, ihvps, products=products
+        )
     assert not scores.requires_grad
+    torch.testing.assert_close(losses, example_losses(params, batch), **CLOSE)
     gradients = dense_gradients(example_losses, params, batch)
     expected = [gradients @ flatten(tree.map(lambda t, i=i: t[i], ihvps)) for i in range(k)]
     torch.testing.assert_close(scores, torch.stack(expected) if k else scores.new_zeros(0, 7), **CLOSE)
+    agrees_with_hvp(found, example_losses, params, batch, tree.map(lambda t: t[:products], ihvps))
 
 
-def test_packed_sequences_are_scored_together_as_one_by_one():
-    problem_ = recurrent(seed=0, kind=torch.nn.LSTM, packed=True)
-    ihvps = stacked_vectors(problem_.params, 2, torch.Generator().manual_seed(1))
-    leaves = tree.map(lambda p: p.clone().requires_grad_(), problem_.params)
-    scores = scores_of_graph(problem_.example_loss_fn(leaves, problem_.batch), leaves, ihvps)
-    expected = [sum_of_products_one_by_one(problem_, tree.map(lambda t, k=k: t[k], ihvps)) for k in range(2)]
+@pytest.mark.parametrize("products", [0, 1, 3])
+@pytest.mark.parametrize("packed", [False, True])
+def test_packed_sequences_are_scored_together_as_one_by_one(packed, products):
+    problem_ = recurrent(seed=0, kind=torch.nn.LSTM, packed=packed)
+    ihvps = stacked_vectors(problem_.params, 3, torch.Generator().manual_seed(1))
+    losses = partial_of(problem_.example_loss_fn, problem_.batch)
+    _, scores, found = scores_of_row_losses(losses, problem_.params, ihvps, products=products)
+    expected = [sum_of_products_one_by_one(problem_, tree.map(lambda t, k=k: t[k], ihvps)) for k in range(3)]
     torch.testing.assert_close(scores, torch.stack(expected), **CLOSE)
+    multiplied = tree.map(lambda t: t[:products], ihvps)
+    agrees_with_hvp(found, problem_.example_loss_fn, problem_.params, problem_.batch, multiplied)
+
+
+def test_of_vectors_that_are_scored_alone_an_lstm_is_not_differentiated_for_products(monkeypatch):
+    problem_ = recurrent(seed=0, kind=torch.nn.LSTM, packed=True)
+    ihvps = stacked_vectors(problem_.params, 3, torch.Generator().manual_seed(1))
+    multiplied, curvature = [], lstm_layer._curvature
+    monkeypatch.setattr(
+        lstm_layer, "_curvature", lambda v_x, *rest: multiplied.append(v_x.shape[1]) or curvature(v_x, *rest)
+    )
+    scores_of_row_losses(partial_of(problem_.example_loss_fn, problem_.batch), problem_.params, ihvps, products=2)
+    assert multiplied == [2]
+
+
+def partial_of(example_loss_fn, batch):
+    return lambda params: example_loss_fn(params, batch)
+
+
+def agrees_with_hvp(products, example_loss_fn, params, batch, vectors):
+    """Of the sum of the losses, by two backward passes a vector."""
+    for key in params:
+        assert products[key].shape == vectors[key].shape
+    for k in range(len(next(iter(vectors.values())))):
+        vector = tree.map(lambda t, k=k: t[k], vectors)
+        expected = hvp(lambda p, b: example_loss_fn(p, b).sum(), params, batch, vector, mode="double-backward")
+        for key, t in expected.items():
+            torch.testing.assert_close(products[key][k], t, **CLOSE)
 
 
 def sum_of_products_one_by_one(problem_, ihvp):
@@ -450,5 +481,8 @@ def sum_of_products_one_by_one(problem_, ihvp):
 
 
 def test_losses_that_are_constants_have_no_influence():
-    leaves = {"w": torch.ones(2, requires_grad=True)}
-    assert scores_of_graph(torch.ones(3), leaves, {"w": torch.ones(4, 2)}).tolist() == [[0.0] * 3] * 4
+    found = scores_of_row_losses(
+        lambda params: torch.ones(3), {"w": torch.ones(2)}, {"w": torch.ones(4, 2)}, products=1
+    )
+    assert found.scores.tolist() == [[0.0] * 3] * 4
+    assert found.products["w"].tolist() == [[0.0] * 2]

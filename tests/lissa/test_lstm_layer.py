@@ -15,7 +15,7 @@ I, H = 2, 3  # noqa: E741
 
 def layer(sizes, curved=True):
     steps = steps_of(sizes, torch.device("cpu"))
-    return lambda x, h, c, W, b: Layer.apply(x, h, c, W, b, steps, curved)
+    return lambda x, h, c, W, b: Layer.apply(x, h, c, W, b, steps, lambda: curved)
 
 
 def inputs(sizes):

@@ -81,6 +81,32 @@ def test_the_largest_eigenvalue_alone_is_that_of_lanczos_with_orthogonal_vectors
     assert largest(40) <= float(SPECTRA[name].max()) + 1e-6
 
 
+@pytest.mark.parametrize("rtol", [0.5, 0.1, 1e-3])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_the_largest_eigenvalue_is_sought_until_its_residual_is_small(name, rtol):
+    """Within the residual of a quotient there is an eigenvalue, of any symmetric matrix."""
+    matrix, products = matrix_of(SPECTRA[name]), []
+    like = {"w": torch.zeros(len(matrix), dtype=matrix.dtype)}
+
+    def largest(**settings):
+        del products[:]
+        generator = torch.Generator().manual_seed(0)
+        return float(
+            largest_eigenvalue(
+                lambda v: products.append(1) or {"w": matrix @ v["w"]}, like, generator=generator, **settings
+            )
+        )
+
+    found, taken = largest(steps=60, rtol=rtol), len(products)
+    assert 2 <= taken <= 60
+    if taken < 60:
+        assert min(abs(SPECTRA[name] - found)) <= rtol * abs(found) * (1 + 1e-9)
+        assert largest(steps=taken) == pytest.approx(found, rel=1e-12)
+        one_less = largest(steps=taken - 1, rtol=rtol)  # had not been enough
+        assert len(products) == taken - 1
+        assert one_less <= found
+
+
 @pytest.mark.parametrize(("eigenvalues", "expected"), [([0.0, 0.0, 0.0], 0.0), ([2.0, 2.0, 2.0], 2.0), ([-3.0], -3.0)])
 def test_the_largest_eigenvalue_where_the_krylov_space_ends_early(eigenvalues, expected):
     diagonal = torch.tensor(eigenvalues)
