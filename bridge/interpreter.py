@@ -70,7 +70,7 @@ class InfluenceInterpreter(FromArchive):
         collate_fn: Makes a batch of a list of instances.
         progress: Whether work that takes more than a second shows a bar.
         score_batch_size: Most training examples held together while scores or residuals are computed; fewer where a
-            pass over them would keep more than 16 million numbers.
+            pass over them would keep more than 8 million numbers, 16 million on a GPU.
         max_memory: About how many bytes the work of a call may take beside the model, the instances and the results.
             The default holds up to 512 MiB of right-hand sides a few times over. What does not fit is done in parts.
         checkpoint_dir: Where each call keeps its state, so that a run that was killed, made again with the same

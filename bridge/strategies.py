@@ -33,8 +33,9 @@ logger = logging.getLogger(__name__)
 STACK_LIMIT = 2**27
 """Most numbers in one stack of vectors or gradients (512 MiB in float32)."""
 
-NUMBERS_AT_ONCE = 2**24
-"""Most numbers that a forward and backward pass over a batch of training instances keeps (64 MiB in float32)."""
+NUMBERS_AT_ONCE = {"cpu": 2**23, "cuda": 2**24}
+"""Most numbers that a forward and backward pass over a batch of training instances keeps, by type of device. On a CPU
+32 MiB in float32: of more, an allocator gives memory back and gets it anew, which takes longer than to compute."""
 
 
 def stack_limit(model: Functional) -> int:
@@ -44,7 +45,7 @@ def stack_limit(model: Functional) -> int:
 
 def pass_limit(model: Functional) -> int:
     """Most numbers that one pass over a batch keeps: an eighth of the memory."""
-    return min(NUMBERS_AT_ONCE, stack_limit(model))
+    return min(NUMBERS_AT_ONCE.get(model.device.type, NUMBERS_AT_ONCE["cuda"]), stack_limit(model))
 
 
 def itemsize(model: Functional) -> int:
@@ -124,7 +125,7 @@ def scores(model: Functional) -> Callable[[Params, Batch], Tensor]:
         return torch.stack(products).sum(0)
 
     def a_few_at_a_time(ihvps: Params, stack: Batch) -> Tensor:
-        size = max(1, min(gradients_at_once, NUMBERS_AT_ONCE // tree.numel(model.params)))
+        size = max(1, pass_limit(model) // tree.numel(model.params))
         parts = [slice(start, start + size) for start in range(0, length(stack), size)]
         return torch.cat([one_by_one(ihvps, take(stack, part)) for part in parts], dim=1)
 

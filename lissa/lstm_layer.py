@@ -23,6 +23,7 @@ Source: B. A. Pearlmutter, Fast exact multiplication by the Hessian, Neural Comp
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -30,8 +31,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 
-class Steps(NamedTuple):
-    """Which rows belong together.
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """Which rows belong together; one thing to torch's transforms, which take tuples apart at each call.
 
     Attributes:
         sizes: Rows of each time step.
@@ -45,12 +47,16 @@ class Steps(NamedTuple):
     last: Tensor
     backwards: Tensor
 
-    def cut(self, states: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Of B initial states and those of all rows: for each time step, those before and its own."""
-        count = len(states) // (self.sizes[0] + len(self.before))  # of states for each row
+    def own(self, states: Tensor) -> Sequence[Tensor]:
+        """Of B initial states and those of all rows: for each time step, its own."""
+        return states.split([self.sizes[0], *self.sizes])[1:]
+
+    def earlier(self, states: Tensor) -> list[Tensor]:
+        """Those that the rows of each time step follow; of states may be several for each row."""
+        count = len(states) // (self.sizes[0] + len(self.before))
         sizes = [size * count for size in self.sizes]
         parts = states.split([sizes[0], *sizes])
-        return [part[:size] for part, size in zip(parts, sizes, strict=False)], list(parts[1:])
+        return [part if len(part) == size else part[:size] for part, size in zip(parts, sizes, strict=False)]
 
     def sent_before(self, states: Tensor) -> Tensor:
         """For B initial states and those of all rows, what each row says of its state before; 0 if it is of none."""
@@ -141,7 +147,7 @@ class Layer(torch.autograd.Function):
         to_gates = W[:, I:].mT
         per_step = zip(
             *(t.split(steps.sizes) for t in (gates.flatten(1), gates, tanh_c)),
-            *steps.cut(states_h), *steps.cut(states_c), strict=True,
+            *(cut(t) for t in (states_h, states_c) for cut in (steps.earlier, steps.own)), strict=True,
         )  # fmt: skip
         for flat, gates_t, tanh_t, h_before, h_t, c_before, c_t in per_step:
             flat.addmm_(h_before, to_gates)
@@ -394,9 +400,8 @@ def _sweep_back(da: Tensor, dh: Tensor, dc: Tensor, kept: _Kept, steps: Steps) -
 def _per_step(a: Tensor, h: Tensor, c: Tensor, kept: _Kept, steps: Steps) -> tuple[Sequence[Tensor], ...]:
     """For each time step `a` as a matrix, `h_before` as one, `h`, `c_before`, `c`, and `e`, `f`."""
     matrix = a.flatten(0, 1).flatten(1).split([size * a.shape[1] for size in steps.sizes])
-    h_before, c_before = steps.cut(h.flatten(0, 1))[0], steps.cut(c)[0]
     e, f = (t.unsqueeze(1).split(steps.sizes) for t in (kept.e, kept.gates[:, 1]))
-    return matrix, h_before, steps.cut(h)[1], c_before, steps.cut(c)[1], e, f
+    return matrix, steps.earlier(h.flatten(0, 1)), steps.own(h), steps.earlier(c), steps.own(c), e, f
 
 
 def _of_weights(da: Tensor, kept: _Kept) -> Tensor:
