@@ -278,18 +278,21 @@ def _unpadded(column: list[Any], lengths: dict[str, int]) -> list[Any]:
 
 def _padded(instances: Sequence[Instance]) -> dict[str, Any]:
     """AllenNLP's `Batch(instances).as_tensor_dict()`."""
-    kinds: list[dict[str, str]] = [{k: type(f).__name__ for k, f in i.fields.items()} for i in instances]
-    if any(kind != kinds[0] for kind in kinds):
-        different = next(kind for kind in kinds if kind != kinds[0])
-        raise ValueError(f"Instances of one batch must have the same fields, got {kinds[0]} and {different}.")
-
-    longest: dict[str, dict[str, int]] = {}
+    kind, longest = _kind(instances[0]), dict[str, dict[str, int]]()
+    for instance in instances:
+        if _kind(instance) != kind:
+            kinds = [{name: field.__name__ for name, field in one} for one in (kind, _kind(instance))]
+            raise ValueError(f"Instances of one batch must have the same fields, got {kinds[0]} and {kinds[1]}.")
     for lengths in [instance.get_padding_lengths() for instance in instances]:
         for field, by_key in lengths.items():
             known = longest.setdefault(field, {})
             for key, length in by_key.items():
                 known[key] = max(known.get(key, 0), length)
     return _stacked(instances, longest)
+
+
+def _kind(instance: Instance) -> list[tuple[str, type]]:
+    return [*zip(instance.fields, map(type, instance.fields.values()), strict=True)]
 
 
 def _stacked(instances: Sequence[Instance], longest: dict[str, dict[str, int]]) -> dict[str, Any]:

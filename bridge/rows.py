@@ -223,23 +223,26 @@ class Rows(Sequence[Any]):
         i, instance = numbered
         if i in self._lengths:
             return self._lengths[i]
-        likeness = self._likeness(instance)
-        if self._of_fields[type(instance)]:
-            length = sum(length for _, _, *lengths in likeness for _, length in lengths)
+        if self._is_of_fields(instance):
+            length = sum(length for by_key in instance.get_padding_lengths().values() for length in by_key.values())
         else:
             length = sum(leaf.numel() if isinstance(leaf, Tensor) else 1 for leaf in pytree.tree_leaves(instance))
         if len(self._lengths) < LENGTHS_KEPT:
             self._lengths[i] = length
         return length
 
-    def _likeness(self, instance: Any) -> tuple[Any, ...]:
+    def _is_of_fields(self, instance: Any) -> bool:
+        """Whether it is like AllenNLP's; its fields are then indexed."""
         kind = type(instance)
         if kind not in self._of_fields:  # a protocol is slow to check
             self._of_fields[kind] = isinstance(instance, Instance)
-        if not self._of_fields[kind]:
-            return likeness_of_leaves(instance)
-        if self._vocab is not None:
+        if self._of_fields[kind] and self._vocab is not None:
             instance.index_fields(self._vocab)
+        return self._of_fields[kind]
+
+    def _likeness(self, instance: Any) -> tuple[Any, ...]:
+        if not self._is_of_fields(instance):
+            return likeness_of_leaves(instance)
         fields = instance.fields
         found = [*fields], [*map(type, fields.values())], instance.get_padding_lengths()
         if found != self._latest[0]:  # most often an instance is like the one before

@@ -5,7 +5,8 @@ choice is made, by trying, and said once. Knows losses, batches and vectors; kno
 """
 
 import logging
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from bridge.functional import Functional, example_losses, loss_and_gradient, rows_of
 from bridge.row_losses import row_losses
+from bridge.rows import likeness_of_leaves
 from lissa import (
     Batch,
     Expansion,
@@ -26,7 +28,8 @@ from lissa import (
     tree,
 )
 from lissa.influence import Scored, scores_of_row_losses
-from lissa.scoring import ScoringPlan, forward_work, plan_scoring
+from lissa.scoring import ForwardWork, ScoringPlan, forward_work, plan_scoring
+from lissa.types import LossFn
 
 logger = logging.getLogger(__name__)
 
@@ -148,10 +151,22 @@ def by_gradients(model: Functional, example: Batch, examples: int, vectors: int)
 
     They are expected to be where there are many vectors and an example is a long sequence.
     """
-    work = forward_work(model.loss_fn, model.params, example)
+    work = _work(model, example)
     device = next(iter(model.params.values())).device.type
     plan = plan_scoring(work, examples=examples, vectors=vectors, parameters=tree.numel(model.params), device=device)
     return plan.method == "per-example-gradients"
+
+
+def _work(model: Functional, example: Batch) -> ForwardWork:
+    """What the loss of an example takes, which is that of others of the same shapes."""
+    known, kind = _works.setdefault(model.loss_fn, {}), likeness_of_leaves(example)
+    if kind not in known:
+        known[kind] = forward_work(model.loss_fn, model.params, example)
+    return known[kind]
+
+
+_works: weakref.WeakKeyDictionary[LossFn, dict[Hashable, ForwardWork]] = weakref.WeakKeyDictionary()
+"""It only decides on speed, so no result depends on it."""
 
 
 def in_halves(fn: Callable[[Params, Batch], Tensor]) -> Callable[[Params, Batch], Tensor]:
@@ -191,7 +206,7 @@ def rows_at_once(model: Functional, example: Batch, vectors: int) -> int:
         numbers = numbers_in(example) + 2 * vectors * example.gradients.shape[1]
         return max(1, min(ROWS_AT_ONCE, pass_limit(model) // numbers))
     try:
-        work = forward_work(model.loss_fn, model.params, example)
+        work = _work(model, example)
     except Exception as error:  # whoever needs the loss of the example will hear of it
         logger.debug("Cannot count the work of an example: %s", error)
         return ROWS_UNPLANNED
@@ -219,7 +234,12 @@ def losses_and_gradients(model: Functional) -> Callable[[Batch], tuple[Tensor, P
         found = [loss_and_gradient(model.loss_fn, model.params, row) for row in rows(stack)]
         return torch.stack([loss for loss, _ in found]), stack_vectors([gradient for _, gradient in found])
 
-    return first_that_runs("gradients", at_once, one_by_one)
+    of_many = first_that_runs("gradients", at_once, one_by_one)
+    return lambda stack: (of_many if length(stack) >= MANY_ROWS else one_by_one)(stack)
+
+
+MANY_ROWS = 3
+"""Rows from which on vmap pays, which takes as long for one as two do without."""
 
 
 def losses(model: Functional) -> Callable[[Batch], Tensor]:

@@ -191,8 +191,8 @@ def test_a_users_function_is_asked_each_time():
 def test_lengths_are_measured_once(monkeypatch):
     data, measured = of_different_lengths(), []
     rows = Rows(data, lambda some: some, CPU, pads=True)
-    likeness = rows._likeness
-    monkeypatch.setattr(rows, "_likeness", lambda instance: measured.append(1) or likeness(instance))
+    looked_at = rows._is_of_fields
+    monkeypatch.setattr(rows, "_is_of_fields", lambda instance: measured.append(1) or looked_at(instance))
     first, second = (list(rows.windows(10, range(10))) for _ in range(2))
     assert [i for i, _ in first] == [i for i, _ in second]
     assert len(measured) == 10

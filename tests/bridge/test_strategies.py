@@ -91,6 +91,28 @@ def test_every_way_gives_the_same(refuses, limit, monkeypatch):
     torch.testing.assert_close(strategies.scores(fn)(vectors, STACK), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(("rows", "asked"), [(1, 0), (2, 0), (3, 1)])
+def test_gradients_of_a_few_rows_are_taken_one_by_one(rows, asked, monkeypatch, caplog):
+    stacks, plain = [], torch.vmap
+    monkeypatch.setattr(torch, "vmap", lambda *args, **kwargs: stacks.append(1) or plain(*args, **kwargs))
+    losses, gradients = strategies.losses_and_gradients(model(refuses=True))((STACK[0][:rows],))
+    assert len(stacks) == len(caplog.records) == asked  # what a model refuses is said where it was tried
+    torch.testing.assert_close(losses, ((W * X[:rows]) ** 3).sum(1) + 0.5, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradients["w"], GRADIENTS["w"][:rows], rtol=1e-12, atol=0)
+
+
+def test_the_work_of_examples_of_the_same_shapes_is_counted_once():
+    calls, plain = [], model()
+    counted = plain._replace(loss_fn=lambda params, batch: calls.append(1) or plain.loss_fn(params, batch))
+    rows = [strategies.rows_at_once(counted, (x.unsqueeze(0),), vectors=1) for x in X]
+    assert len(calls) == 1
+    assert rows == [strategies.rows_at_once(plain, (X[:1],), vectors=1)] * 3
+    strategies.by_gradients(counted, (X[:1],), 10, 1)
+    assert len(calls) == 1
+    strategies.rows_at_once(counted, (X[:1].float(),), vectors=1)
+    assert len(calls) == 2
+
+
 def test_out_of_memory_halves_the_stack_until_it_fits():
     seen = []
 
