@@ -87,12 +87,11 @@ def correlations(
         found = scored.scores(session, train, some, chosen=chosen, description="sampling")
         return scored.columns(found, chosen).double()
 
-    v, x = (tree.map(lambda t: t[which], stack) for stack in (vectors, ihvps))
     known = scored.found_before(session, ihvps)
     if known is None:
-        plain, scores = of_sample(tree.map(lambda *both: torch.cat(both), v, x)).chunk(2)
+        plain, scores = of_sample(tree.map(lambda v, x: torch.cat([v[which], x[which]]), vectors, ihvps)).chunk(2)
     else:
-        plain, scores = of_sample(v), scored.columns(known, chosen)[which].double()
+        plain, scores = of_sample(tree.map(lambda v: v[which], vectors)), scored.columns(known, chosen)[which].double()
     plain, scores = (s - s.mean(1, keepdim=True) for s in (plain, scores))
     return (plain * scores).sum(1) / (plain.norm(dim=1) * scores.norm(dim=1))
 

@@ -17,7 +17,7 @@ from bridge.functional import loss_and_gradient
 from bridge.row_losses import row_losses
 from bridge.rows import Numbered
 from bridge.session import Session, check_finite
-from lissa import Params, tree
+from lissa import Params, host, tree
 from lissa.influence import Scored
 from lissa.stacked import norms
 
@@ -106,7 +106,7 @@ def with_products(session: Session, train: Sequence[Any], ihvps: Params, count: 
             some = window[start : start + size]
             for indices, of_batch in _from_batch(session, train, ihvps, some, "training", products=count):
                 parts.append((indices, of_batch.scores))
-                losses[indices] = of_batch.losses
+                losses[host.to_device(torch.tensor(indices), losses.device)] = of_batch.losses
                 for name, t in of_batch.products.items():
                     total[name].add_(t, alpha=1 / n)
     session.known.update({"scores found": _Found(ihvps, parts), "losses found": _Losses(train, losses)})

@@ -194,7 +194,7 @@ class _Backward(torch.autograd.Function):
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
         *of_kept, steps = inputs[2 * _FIVE :]
         cotangents: list[Any] = [None if t is None else t.unsqueeze(1) for t in inputs[:_FIVE]]
-        of_all = _gradients(*cotangents, _Kept(*of_kept), steps)
+        of_all = _gradients(_Kept(*of_kept), steps, *cotangents)
         return tuple(t.squeeze(dim) for t, dim in zip(of_all, _Backward.stacked, strict=True))
 
     stacked = (1, 1, 1, 0, 0, 1, 1, 1)
@@ -214,7 +214,7 @@ class _Backward(torch.autograd.Function):
         *of_kept, steps = inputs[2 * _FIVE :]
         each = zip(inputs[:_FIVE], in_dims[:_FIVE], strict=True)
         cotangents: list[Any] = [None if t is None else _stacked(t, dim, info.batch_size, 1) for t, dim in each]
-        return _gradients(*cotangents, _Kept(*of_kept), steps), _Backward.stacked
+        return _gradients(_Kept(*of_kept), steps, *cotangents), _Backward.stacked
 
     @staticmethod
     def backward(ctx: Any, *vectors: Tensor | None) -> Any:
@@ -283,7 +283,7 @@ def rows(x: Tensor, i: Tensor) -> Tensor:
 
 
 def _gradients(
-    dh_last: Tensor, dc_last: Tensor, dgates: Tensor | None, dh: Tensor, dc: Tensor, kept: _Kept, steps: Steps
+    kept: _Kept, steps: Steps, dh_last: Tensor, dc_last: Tensor, dgates: Tensor | None, dh: Tensor, dc: Tensor
 ) -> tuple[Tensor, ...]:
     """What `_Backward` computes, for K cotangents of each result of `Layer`, stacked in dimension 1."""
     B, K, H = dh_last.shape
