@@ -78,8 +78,10 @@ def solver(
         residual = torch.full_like(solutions[0].relative_residual, torch.nan)
         count = measured(len(residual))
         if count:
+            failed = bool((status >= Status.DIVERGED).any())
+            measuring = replace(session, will_score=session.will_score and not failed)
             residual = measurements.relative_residuals(
-                session, train, choice.damping, vectors, value, count=count, ranks=ranks
+                measuring, train, choice.damping, vectors, value, count=count, ranks=ranks
             )
         return solutions[0]._replace(value=value, status=status, relative_residual=residual, samples=samples)
 

@@ -284,6 +284,12 @@ def test_a_call_goes_over_the_training_data_once_for_residuals_and_scores(settin
         torch.testing.assert_close(one, other, equal_nan=True, **EXACT)
 
 
+def test_what_has_diverged_is_not_scored():
+    influence = texts(BagOfWords(), ridge=0.001, scale=0.001, recursion_depth=200)
+    with pytest.raises(lissa.SolverError, match="DIVERGED"):
+        influence.scores([influence._train[0]])
+
+
 def losses_of(influence, chosen):
     """By index; those of instances alone; how many times the model was called for the former."""
     calls = []
