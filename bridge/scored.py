@@ -247,7 +247,9 @@ def _go_together(session: Session, instances: Sequence[Any], window: list[Number
     rows = session.rows(instances)
     try:
         longest = rows.together(window[-1:])
-        if strategies.by_gradients(session.model, longest, len(window), vectors):
+        if strategies.by_gradients(session.model, longest, len(window), vectors) and session.once(
+            "gradients are taken at once", lambda: strategies.takes_vmap(session.model, longest)
+        ):
             return False
         right = _known_losses(session, instances) is not None or _are_alike_alone(
             session, instances, [window[0], *window[1:][-1:]]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad_and_value
+from torch.func import grad, grad_and_value
 from torch.utils import _pytree as pytree
 
 from bridge.functional import Functional, example_losses, loss_and_gradient, rows_of
@@ -167,6 +167,16 @@ def _work(model: Functional, example: Batch) -> ForwardWork:
 
 _works: weakref.WeakKeyDictionary[LossFn, dict[Hashable, ForwardWork]] = weakref.WeakKeyDictionary()
 """It only decides on speed, so no result depends on it."""
+
+
+def takes_vmap(model: Functional, example: Batch) -> bool:
+    """Whether gradients of several examples can be taken at once, found out on one, a batch of one."""
+    stack = pytree.tree_map(lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, example)
+    try:
+        torch.vmap(grad(model.loss_fn), in_dims=(None, rows_of(stack)))(model.params, stack)
+    except Exception as error:
+        return is_out_of_memory(error)
+    return True
 
 
 def in_halves(fn: Callable[[Params, Batch], Tensor]) -> Callable[[Params, Batch], Tensor]:

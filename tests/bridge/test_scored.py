@@ -165,6 +165,14 @@ def test_many_vectors_of_long_sequences_go_by_gradients(monkeypatch):
     assert not refused
 
 
+def test_where_gradients_are_taken_one_by_one_texts_go_together(monkeypatch):
+    monkeypatch.setattr(strategies, "by_gradients", lambda *_: True)
+    got, expected, sizes, refused = found(of_packed())
+    torch.testing.assert_close(got, expected, **EXACT)
+    assert sizes == [23]
+    assert not refused
+
+
 def of_small_batches_only(monkeypatch):
     plain = strategies.row_scores
 
