@@ -4,7 +4,6 @@ That an instance has the same loss and gradient in company as alone is tried on 
 thousand. Knows a session's instances and how they are batched; knows nothing of what scores are for.
 """
 
-import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -69,7 +68,7 @@ class _Found(NamedTuple):
     """Scores of all training instances, found on the way to something else."""
 
     ihvps: Params
-    parts: list[tuple[list[int], Tensor]]
+    parts: list[tuple[Tensor, Tensor]]
 
 
 class _Losses(NamedTuple):
@@ -94,7 +93,7 @@ def with_products(session: Session, train: Sequence[Any], ihvps: Params, count: 
     n, K = len(train), strategies.length(ihvps)
     if not session.will_score or session.model.last_layer is not None or K * n > MOST_FOUND:
         return None
-    parts: list[tuple[list[int], Tensor]] = []
+    parts: list[tuple[Tensor, Tensor]] = []
     total = tree.map(lambda t: torch.zeros_like(t[:count]), ihvps)
     losses = next(iter(ihvps.values())).new_empty(n)
     watched = {"description": "residual and scores", "role": "training", "chosen": range(n)}
@@ -105,8 +104,8 @@ def with_products(session: Session, train: Sequence[Any], ihvps: Params, count: 
         for start in range(0, len(window), size):
             some = window[start : start + size]
             for indices, of_batch in _from_batch(session, train, ihvps, some, "training", products=count):
-                parts.append((indices, of_batch.scores))
-                losses[host.to_device(torch.tensor(indices), losses.device)] = of_batch.losses
+                parts.append((torch.tensor(indices), of_batch.scores))
+                losses[host.to_device(parts[-1][0], losses.device)] = of_batch.losses
                 for name, t in of_batch.products.items():
                     total[name].add_(t, alpha=1 / n)
     session.known.update({"scores found": _Found(ihvps, parts), "losses found": _Losses(train, losses)})
@@ -118,10 +117,12 @@ def _known_losses(session: Session, instances: Sequence[Any]) -> Tensor | None:
     return found.values if found is not None and found.instances is instances else None
 
 
-def found_before(session: Session, ihvps: Params) -> list[tuple[list[int], Tensor]] | None:
+def found_before(session: Session, ihvps: Params) -> Iterator[tuple[list[int], Tensor]] | None:
     """The scores of all training instances, if `with_products` has found them for these very vectors."""
     found: _Found | None = session.known.get("scores found")
-    return found.parts if found is not None and found.ihvps is ihvps else None
+    if found is None or found.ihvps is not ihvps:
+        return None
+    return ((indices.tolist(), scores) for indices, scores in found.parts)
 
 
 def columns(found: Iterable[tuple[list[int], Tensor]], chosen: Sequence[int]) -> Tensor:
@@ -131,9 +132,14 @@ def columns(found: Iterable[tuple[list[int], Tensor]], chosen: Sequence[int]) ->
         >>> columns([([2, 0], torch.tensor([[5.0, 3.0]])), ([1], torch.tensor([[4.0]]))], [0, 2])
         tensor([[3., 5.]])
     """
-    indices, scores = zip(*found, strict=True)
-    place = {i: column for column, i in enumerate(itertools.chain(*indices))}
-    return torch.cat(scores, dim=1)[:, [place[i] for i in chosen]]
+    place = {i: column for column, i in enumerate(chosen)}
+    parts, columns = [], list[int]()
+    for indices, scores in found:
+        rows = [row for row, i in enumerate(indices) if i in place]
+        parts.append(scores[:, rows])
+        columns += [place[indices[row]] for row in rows]
+    order = torch.tensor(columns).argsort()
+    return torch.cat(parts, dim=1)[:, order.to(parts[0].device)]
 
 
 MOST_FOUND = 2**22
