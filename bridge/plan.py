@@ -7,7 +7,8 @@ knows nothing of rankings. The parts, for K right-hand sides together, on one of
     reading     n / R rows, once if they are kept in memory, else each time they are used
     gradients   K / R test gradients
     LiSSA       repeats * steps * (K products with the process's rows of a batch, and the sum over processes)
-    residual    n / R products of the right-hand sides that are measured
+    residual    n / R products of the right-hand sides that are measured; where one process finds them and the scores in
+                one pass over the rows, what that takes more than the scores alone
     scoring     n / R rows, K scores each
 
 and that, from the gradients on, for each group of K out of all T test instances.
@@ -114,6 +115,7 @@ class Rates(NamedTuple):
         gradient: Of one test gradient.
         product: Of the measured residual's products, a row.
         score: Of the scores of a group, a row.
+        passes: Over the rows for these two.
         row_bytes: Of a collated row; 0 if rows are not kept, because they differ in shape.
         vector_bytes: Of one vector, P numbers.
         process_bytes: The most that the process held while all this was measured, its model and a group included.
@@ -126,6 +128,7 @@ class Rates(NamedTuple):
     gradient: float
     product: float
     score: float
+    passes: int
     row_bytes: int
     vector_bytes: int
     process_bytes: int
@@ -163,7 +166,7 @@ def predicted(work: Work, rates: Rates, network: Network, *, most_kept: int) -> 
 
     Example:
         >>> work = Work(1000, 20, 10, 100, 50, 1, 1, 1)
-        >>> rates = Rates(0.5, 1e-5, 0.0, 1e-3, 1e-3, 1e-5, 1e-4, 4, 400, 10**8)
+        >>> rates = Rates(0.5, 1e-5, 0.0, 1e-3, 1e-3, 1e-5, 1e-4, 2, 4, 400, 10**8)
         >>> plan = predicted(work, rates, Network(), most_kept=10**6)
         >>> [round(seconds, 4) for seconds in plan.seconds.values()], round(plan.total_seconds, 2)
         ([0.5, 0.01, 0.02, 0.1, 0.02, 0.2], 0.85)
@@ -171,7 +174,7 @@ def predicted(work: Work, rates: Rates, network: Network, *, most_kept: int) -> 
     share, groups = work.n / work.ranks, work.tests / work.together
     kept = 0 < rates.row_bytes * share <= most_kept
     runs = groups * work.repeats
-    anew = runs * work.steps * work.rows + groups * share * (2 if work.measured else 1)
+    anew = runs * work.steps * work.rows + groups * share * rates.passes
     drawn = work.repeats * work.steps * work.batch_size
     vectors = work.together * rates.vector_bytes
     sums = runs * work.steps + groups * bool(work.measured) + groups
@@ -246,6 +249,13 @@ def measured(
     if one.measured:
         per_product = _seconds(lambda: product(some, lambda: session.batch(train, chunk)), firsts=firsts) / len(chunk)
     per_score = _seconds(score, firsts=firsts) / len(score_rows)
+
+    def both() -> Params | None:
+        return scored.with_products(session, train, vectors, one.measured, chosen=score_rows)
+
+    more: float | None = None  # what a product takes where the scores are found on the way
+    if one.measured and both() is not None:
+        more = max(0.0, _seconds(both) / len(score_rows) - per_score)
     draw = _seconds(lambda: torch.randperm(10**6).tolist()) / 10**6
     found = {}
     for work in sorted(works, key=lambda work: -work.ranks):
@@ -254,14 +264,16 @@ def measured(
             step = max(0.0, step - network.sum_seconds(sum(t.nbytes for t in vectors.values()), ranks.size))
         else:
             step = _step_seconds(to_step, train, vectors, _cycled(held, work.rows), work.steps)
+        in_one = more is not None and work.ranks == 1 and work.together * work.n <= scored.MOST_FOUND
         found[work] = Rates(
             start=sum(firsts),
             read=read,
             draw=draw,
             step=step,
             gradient=gradient,
-            product=per_product,
+            product=more if more is not None and in_one else per_product,
             score=per_score,
+            passes=1 if in_one or not work.measured else 2,
             row_bytes=train.kept_bytes // len(held),
             vector_bytes=sum(p.nbytes for p in session.model.params.values()),
             process_bytes=_held_bytes(session.model.device),

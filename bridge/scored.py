@@ -78,7 +78,9 @@ class _Losses(NamedTuple):
     values: Tensor
 
 
-def with_products(session: Session, train: Sequence[Any], ihvps: Params, count: int) -> Params | None:
+def with_products(
+    session: Session, train: Sequence[Any], ihvps: Params, count: int, *, chosen: Sequence[int] | None = None
+) -> Params | None:
     """`H x_k` on all training instances for the first `count` of K vectors; on the way, the scores of all K are found.
 
     One pass for both is half of what they take by themselves, and `scores` will find what this one has found. None,
@@ -89,14 +91,16 @@ def with_products(session: Session, train: Sequence[Any], ihvps: Params, count: 
         train: All training instances.
         ihvps: K vectors, stacked.
         count: How many of them are multiplied, at least one.
+        chosen: Indices of those to take instead of all, of which no scores are kept.
     """
-    n, K = len(train), strategies.length(ihvps)
+    of_all, chosen = chosen is None, range(len(train)) if chosen is None else chosen
+    n, K = len(chosen), strategies.length(ihvps)
     if not session.will_score or session.model.last_layer is not None or K * n > MOST_FOUND:
         return None
     parts: list[tuple[Tensor, Tensor]] = []
     total = tree.map(lambda t: torch.zeros_like(t[:count]), ihvps)
-    losses = next(iter(ihvps.values())).new_empty(n)
-    watched = {"description": "residual and scores", "role": "training", "chosen": range(n)}
+    losses = next(iter(ihvps.values())).new_empty(len(train))
+    watched = {"description": "residual and scores", "role": "training", "chosen": chosen}
     for _, window in session.windows(train, most=WINDOW, **watched):
         if not _go_together(session, train, window, K):
             return None
@@ -108,7 +112,8 @@ def with_products(session: Session, train: Sequence[Any], ihvps: Params, count: 
                 losses[host.to_device(parts[-1][0], losses.device)] = of_batch.losses
                 for name, t in of_batch.products.items():
                     total[name].add_(t, alpha=1 / n)
-    session.known.update({"scores found": _Found(ihvps, parts), "losses found": _Losses(train, losses)})
+    if of_all:
+        session.known.update({"scores found": _Found(ihvps, parts), "losses found": _Losses(train, losses)})
     return total
 
 

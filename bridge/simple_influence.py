@@ -387,8 +387,9 @@ class SimpleInfluence(InfluenceInterpreter):
             works = [work._replace(ranks=count) for count in ranks]
             network = plan.network_of(self._ranks, network or Network())
             rates = plan.measured(
-                session, self._train, given, works, self._ranks, network, stepping=self._stepping(session)
-            )
+                replace(session, will_score=self._keeping is None), self._train, given, works, self._ranks, network,
+                stepping=self._stepping(session),
+            )  # fmt: skip
         return [
             plan.predicted(work, measured, network, most_kept=MOST_KEPT)
             for work, measured in zip(works, rates, strict=True)

@@ -12,7 +12,7 @@ from bridge.plan import Network, Rates, Work, predicted
 from tests.bridge.fakes import linear, pairs, two_layers
 
 WORK = Work(n=1000, tests=20, together=10, batch_size=100, steps=50, repeats=2, measured=3, ranks=1)
-RATES = Rates(0.0, 1e-5, 0.0, 1e-3, 1e-3, 1e-5, 1e-4, row_bytes=4, vector_bytes=400, process_bytes=10**8)
+RATES = Rates(0.0, 1e-5, 0.0, 1e-3, 1e-3, 1e-5, 1e-4, passes=2, row_bytes=4, vector_bytes=400, process_bytes=10**8)
 
 
 def test_shares_of_work_shrink_with_the_processes_and_sums_between_them_grow():
@@ -35,6 +35,8 @@ def test_rows_that_do_not_fit_are_read_each_time():
     # For each of two groups: the batches of two repeats, the residual, and the scores.
     assert anew.seconds["reading"] == pytest.approx(2 * (2 * 50 * 100 + 2 * 1000) * 1e-5)
     assert kept.memory - anew.memory == 4000
+    in_one = predicted(WORK, RATES._replace(passes=1), Network(), most_kept=3999)
+    assert in_one.seconds["reading"] == pytest.approx(2 * (2 * 50 * 100 + 1000) * 1e-5)
 
 
 @pytest.mark.parametrize(("batch_size", "ranks"), [(1024, 2), (1024, 8), (4096, 64), (100, 4)])
@@ -60,7 +62,7 @@ def test_the_probe_measures_what_the_run_does(monkeypatch):
     monkeypatch.setattr(plan, "PROBE_SECONDS", 0.0)
     now = [0.0]
     monkeypatch.setattr(plan.time, "perf_counter", lambda: now[0])
-    inverse, score = products.inverse_products, scored.scores
+    inverse, score, both = products.inverse_products, scored.scores, scored.with_products
 
     def timed_inverse(*args, **kwargs):
         solve = inverse(*args, **kwargs)
@@ -78,13 +80,34 @@ def test_the_probe_measures_what_the_run_does(monkeypatch):
             yield indices, scores
 
     monkeypatch.setattr(products, "inverse_products", timed_inverse)
+
+    def timed_both(session, train, vectors, count, *, chosen):
+        now[0] += 0.4 * len(chosen)
+        return both(session, train, vectors, count, chosen=chosen)
+
     monkeypatch.setattr(scored, "scores", timed_score)
+    monkeypatch.setattr(scored, "with_products", timed_both)
     found = influence(lissa_batch_size=60).plan(pairs(3, seed=1), ranks=[1, 2], tests=6, together=3, n=1200)
     for one in found:
         assert one.seconds["LiSSA"] == pytest.approx(2 * 40 * (0.5 * one.work.rows), rel=1e-3)
         assert one.seconds["scoring"] == pytest.approx(2 * 0.25 * 1200 / one.work.ranks)
         assert one.memory > 10**7  # a process that has loaded torch
     assert [one.work.rows for one in found] == [60, 36]
+    # One process finds products on the way to scores; two do not, and products alone take no time here.
+    assert [one.seconds["residual"] for one in found] == [pytest.approx(2 * (0.4 - 0.25) * 1200), 0.0]
+
+
+@pytest.mark.parametrize("what", ["too many scores", "a record is kept", "the losses of rows are not known"])
+def test_residual_and_scores_are_planned_apart_where_they_are_found_apart(what, monkeypatch, tmp_path):
+    monkeypatch.setattr(plan, "PROBE_SECONDS", 0.0)
+    if what == "too many scores":
+        monkeypatch.setattr(scored, "MOST_FOUND", 3 * 1200 - 1)
+    kept = {"checkpoint_dir": tmp_path} if what == "a record is kept" else {}
+    loss = {"loss_fn": lambda z, y: z.square().sum() / len(z)} if what == "the losses of rows are not known" else {}
+    session_rates, measured = [], plan.measured
+    monkeypatch.setattr(plan, "measured", lambda *a, **k: session_rates.extend(measured(*a, **k)) or session_rates)
+    influence(lissa_batch_size=60, **kept, **loss).plan(pairs(3, seed=1), tests=6, together=3, n=1200)
+    assert [rates.passes for rates in session_rates] == [2]
 
 
 def test_a_plan_needs_a_number_of_steps():
