@@ -16,7 +16,8 @@ from bridge.functional import loss_and_gradient
 from bridge.row_losses import row_losses
 from bridge.rows import Numbered
 from bridge.session import Session, check_finite
-from lissa import Params, host, tree
+from lissa import Params, tree
+from lissa.host import to_device
 from lissa.influence import Scored
 from lissa.stacked import norms
 
@@ -109,7 +110,7 @@ def with_products(
             some = window[start : start + size]
             for indices, of_batch in _from_batch(session, train, ihvps, some, "training", products=count):
                 parts.append((torch.tensor(indices), of_batch.scores))
-                losses[host.to_device(parts[-1][0], losses.device)] = of_batch.losses
+                losses[to_device(parts[-1][0], losses.device)] = of_batch.losses
                 for name, t in of_batch.products.items():
                     total[name].add_(t, alpha=1 / n)
     if of_all:

@@ -316,6 +316,10 @@ def test_progress_is_shown_or_not(capfd, monkeypatch):
     assert capfd.readouterr() == ("", "")
     of_text(progress=True).interpret(text_instance("good film", 1))
     shown = capfd.readouterr().err
+    assert all(words in shown for words in ("loading instances", "LiSSA", "residual and scores"))
+    monkeypatch.setattr("bridge.scored.MOST_FOUND", 0)
+    of_text(progress=True).interpret(text_instance("good film", 1))
+    shown = capfd.readouterr().err
     assert all(words in shown for words in ("loading instances", "LiSSA", "scoring", "measuring the residual"))
 
 

@@ -188,7 +188,8 @@ def test_ctrl_c_keeps_what_is_done_and_names_it(tmp_path, module, capsys, monkey
 def test_the_same_command_goes_on_where_it_was_interrupted(tmp_path, module, monkeypatch):
     monkeypatch.setattr(run, "GROUP", 2)
     kept = [*EXACT, "--checkpoint", str(tmp_path / "state"), "--checkpoint-every", "0"]
-    assert main(["run", "--model", "thejob:job", "--out", str(tmp_path / "whole"), *EXACT]) == 0
+    whole = [*EXACT, "--checkpoint", str(tmp_path / "another state")]
+    assert main(["run", "--model", "thejob:job", "--out", str(tmp_path / "whole"), *whole]) == 0
     assert main(["run", "--model", "thejob:interrupted", "--out", str(tmp_path / "out"), *kept]) == 130
     solved = []
     plain = SimpleInfluence._solutions
