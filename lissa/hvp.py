@@ -8,9 +8,9 @@ import functools
 import logging
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -323,16 +323,22 @@ def check_twice_differentiable(loss: Tensor, call: str) -> None:
     Raises:
         NotImplementedError: If there is one.
     """
-    todo = [loss.grad_fn] if loss.grad_fn is not None else []
-    seen = set(todo)
-    while todo:
-        node = todo.pop()
+    for node in nodes(loss):
         function = getattr(node, "_forward_cls", None)
         if function is not None and getattr(function.backward, "__code__", None) is _ONCE:
             raise NotImplementedError(
                 f"{call} needs second derivatives, and the loss has an operation without: {function.__name__} is "
                 "marked @once_differentiable. Use another method or mode."
             )
+
+
+def nodes(t: Tensor) -> Iterator[Any]:
+    """The nodes of autograd's graph behind `t`, each once."""
+    todo = [t.grad_fn] if t.grad_fn is not None else []
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        yield node
         further = {to for to, _ in node.next_functions if to is not None} - seen
         seen |= further
         todo.extend(further)

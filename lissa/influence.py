@@ -15,7 +15,7 @@ from torch.func import grad, jvp
 from torch.utils import _pytree as pytree
 
 from lissa import checks, sampling, scoring, tree
-from lissa.hvp import check_twice_differentiable, dense, pulled_back
+from lissa.hvp import check_twice_differentiable, dense, nodes, pulled_back
 from lissa.kernels import twice_differentiable
 from lissa.leafwise import is_constant
 from lissa.lstm import DirectionalLSTM
@@ -177,6 +177,9 @@ def scores_of_row_losses(
         return Scored(losses, losses.new_zeros(len(vectors[0]), len(losses)), none)
     check_twice_differentiable(losses, "`influence_scores(method='double-vjp')`")
     u = torch.ones_like(losses, requires_grad=True)
+    looks_up = any(node.name() == "EmbeddingBackward0" for node in nodes(losses))
+    alone = looks_up and len(losses) >= MANY_LOOKED_UP
+    at_once = 1 if alone else max(1, PULLED_AT_ONCE // max(1, len(losses)))
 
     def gradient() -> tuple[Tensor, ...]:
         with torch.enable_grad(), twice_differentiable():
@@ -185,17 +188,20 @@ def scores_of_row_losses(
 
     with twice_differentiable():
         pulled = gradient()
-        found, *of_leaves = pulled_back(pulled, (u, *leaves.values()), [v[:products] for v in vectors])
+        first = [v[:products] for v in vectors]
+        found, *of_leaves = pulled_back(pulled, (u, *leaves.values()), first, at_once=at_once)
         if products and lstm.met:  # of the others nothing that only products need
             lstm.curved = False
             pulled = gradient()
-        at_once = max(1, PULLED_AT_ONCE // max(1, len(losses)))
         others = pulled_back(pulled, (u,), [v[products:] for v in vectors], at_once=at_once)[0]
     return Scored(losses.detach(), torch.cat([found, others]), dict(zip(leaves, of_leaves, strict=True)))
 
 
 PULLED_AT_ONCE = 1024
 """Most examples times vectors in one backward pass: of more, what passes cost is not starting them."""
+
+MANY_LOOKED_UP = 256
+"""Examples from which on vectors go one by one where rows are looked up: by vmap each takes two to three times as long."""
 
 
 def scoring_plan(

@@ -444,6 +444,29 @@ def test_packed_sequences_are_scored_together_as_one_by_one(packed, products):
     agrees_with_hvp(found, problem_.example_loss_fn, problem_.params, problem_.batch, multiplied)
 
 
+@pytest.mark.parametrize(("many", "chunks"), [(3, []), (4, [341, 341])])
+def test_scores_of_lookups_one_vector_at_a_time_or_together(many, chunks, monkeypatch):
+    monkeypatch.setattr(influence, "MANY_LOOKED_UP", many)
+    pulls, plain = [], torch.vmap
+    monkeypatch.setattr(
+        torch, "vmap", lambda *args, **kwargs: pulls.append(kwargs["chunk_size"]) or plain(*args, **kwargs)
+    )
+    generator = torch.Generator().manual_seed(0)
+    params = {"table": torch.randn(6, 3, generator=generator, dtype=torch.float64)}
+    ihvps = stacked_vectors(params, 4, generator)
+    rows = torch.tensor([[0, 1], [5, 2], [3, 3]])
+
+    def losses(params):
+        return F.embedding(rows, params["table"]).sum(1).tanh().square().sum(1)
+
+    _, scores, products = scores_of_row_losses(losses, params, ihvps, products=2)
+    gradients = torch.autograd.functional.jacobian(lambda t: losses({"table": t}), params["table"]).flatten(1)
+    torch.testing.assert_close(scores, ihvps["table"].flatten(1) @ gradients.mT, **CLOSE)
+    H = torch.autograd.functional.hessian(lambda t: losses({"table": t}).sum(), params["table"]).reshape(18, 18)
+    torch.testing.assert_close(products["table"].flatten(1), ihvps["table"][:2].flatten(1) @ H, **CLOSE)
+    assert pulls == chunks
+
+
 def test_of_vectors_that_are_scored_alone_an_lstm_is_not_differentiated_for_products(monkeypatch):
     problem_ = recurrent(seed=0, kind=torch.nn.LSTM, packed=True)
     ihvps = stacked_vectors(problem_.params, 3, torch.Generator().manual_seed(1))
