@@ -201,7 +201,7 @@ PULLED_AT_ONCE = 1024
 """Most examples times vectors in one backward pass: of more, what passes cost is not starting them."""
 
 MANY_LOOKED_UP = 256
-"""Examples from which on vectors go one by one where rows are looked up: by vmap each takes two to three times as long."""
+"""Examples from which on vectors go one by one where rows are looked up: vmap takes two to three times as long."""
 
 
 def scoring_plan(
