@@ -84,8 +84,8 @@ def with_products(
 ) -> Params | None:
     """`H x_k` on all training instances for the first `count` of K vectors; on the way, the scores of all K are found.
 
-    One pass for both is half of what they take by themselves, and `scores` will find what this one has found. None,
-    where that is no use: nothing will be scored, another way is faster, or there would be too much to keep.
+    Both need the forward pass and the gradient's graph, and `scores` will find what this pass has found. None, where
+    that is no use: nothing will be scored, another way is faster, or there would be too much to keep.
 
     Args:
         session: Of the public call.

@@ -190,7 +190,7 @@ def scores_of_row_losses(
         pulled = gradient()
         first = [v[:products] for v in vectors]
         found, *of_leaves = pulled_back(pulled, (u, *leaves.values()), first, at_once=at_once)
-        if products and lstm.met:  # of the others nothing that only products need
+        if lstm.met and 0 < products < len(vectors[0]):  # of the others nothing that only products need
             lstm.curved = False
             pulled = gradient()
         others = pulled_back(pulled, (u,), [v[products:] for v in vectors], at_once=at_once)[0]

@@ -23,7 +23,7 @@ def twice_differentiable() -> Iterator[None]:
     Switched off are fused `scaled_dot_product_attention`, the inference fast path of `nn.MultiheadAttention` and
     `nn.TransformerEncoderLayer`, and cuDNN.
     """
-    if _is_twice_differentiable():  # to ask takes a fiftieth of what it takes to set
+    if _is_twice_differentiable():  # to ask takes a ninth of what it takes to set
         yield
         return
     fastpath = torch.backends.mha.get_fastpath_enabled()

@@ -476,6 +476,11 @@ def test_of_vectors_that_are_scored_alone_an_lstm_is_not_differentiated_for_prod
     )
     scores_of_row_losses(partial_of(problem_.example_loss_fn, problem_.batch), problem_.params, ihvps, products=2)
     assert multiplied == [2]
+    gradients, backward = [], lstm_layer.Layer.backward
+    counted = staticmethod(lambda *args: gradients.append(torch.is_grad_enabled()) or backward(*args))
+    monkeypatch.setattr(lstm_layer.Layer, "backward", counted)
+    scores_of_row_losses(partial_of(problem_.example_loss_fn, problem_.batch), problem_.params, ihvps, products=3)
+    assert sum(gradients) == 1  # where all are multiplied, one graph does
 
 
 def partial_of(example_loss_fn, batch):
