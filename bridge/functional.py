@@ -186,7 +186,7 @@ def loss_and_used_gradient(loss_fn: LossFn, params: Params, batch: Batch) -> tup
 
     By `torch.autograd` on leaf copies: it takes models that `torch.func` does not.
     """
-    leaves = tree.map(lambda p: p.detach().requires_grad_(), params)
+    leaves = tree.leaves(params)
     with torch.enable_grad():
         loss = loss_fn(leaves, batch)
         if not loss.requires_grad:

@@ -152,7 +152,7 @@ def hvp_double_backward(loss_fn: LossFn, params: Params, batch: Batch, v: Params
     """`H v = d/dparams <grad L(params), v>` by `torch.autograd.grad` twice on leaf copies. See `hvp`."""
 
     def prepare(params: Params, batch: Batch, count: int) -> Callable[[Params], Params]:
-        leaves = tree.map(lambda p: p.detach().requires_grad_(), params)
+        leaves = tree.leaves(params)
         with torch.enable_grad():
             grads = gradient_of_graph(loss_fn(leaves, batch), tuple(leaves.values()))
 
@@ -182,7 +182,7 @@ def hvp_finite_difference(loss_fn: LossFn, params: Params, batch: Batch, v: Para
         step_length = unit_roundoff ** (1 / 3) * (1 + tree.norm(params))
 
         def gradient(params: Params) -> Params:
-            leaves = tree.map(lambda p: p.detach().requires_grad_(), params)
+            leaves = tree.leaves(params)
             with torch.enable_grad():
                 loss = loss_fn(leaves, batch)
             grads = torch.autograd.grad(loss, tuple(leaves.values()), materialize_grads=True)

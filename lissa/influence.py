@@ -168,7 +168,7 @@ def scores_of_row_losses(
 
     Source: J. Townsend, A new trick for calculating Jacobian vector products, 2017.
     """
-    leaves = tree.map(lambda p: p.detach().requires_grad_(), params)
+    leaves = tree.leaves(params)
     with torch.enable_grad(), twice_differentiable(), DirectionalLSTM(curved=products > 0) as lstm:
         losses = row_losses(leaves)
     vectors = tuple(ihvp[k].detach() for k in leaves)

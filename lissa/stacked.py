@@ -96,7 +96,7 @@ def linearised_stacked_hvp(loss_fn: LossFn, params: Params, batch: Batch) -> Cal
     checks.point("stacked_hvp", params)
     checked = checks.scalar_loss("stacked_hvp", with_directional_lstm(loss_fn))
     loss_fn = checks.deterministic("stacked_hvp", checked, params)
-    leaves = tree.map(lambda p: p.detach().requires_grad_(), params)
+    leaves = tree.leaves(params)
     with torch.enable_grad(), twice_differentiable():
         grads = gradient_of_graph(loss_fn(leaves, batch), tuple(leaves.values()))
     curved = {k: g for k, g in zip(leaves, grads, strict=True) if g.requires_grad}

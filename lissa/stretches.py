@@ -130,7 +130,7 @@ class Graphs:
         checks.point(call, params)
         scalar = checks.scalar_loss(call, with_directional_lstm(loss_fn))
         self._loss_fn = checks.deterministic(call, scalar, params)
-        self._leaves = tree.map(lambda p: p.detach().requires_grad_(), params)
+        self._leaves = tree.leaves(params)
 
     def of(self, batch: Batch) -> Graph:
         """The graph of one batch."""

@@ -66,6 +66,17 @@ def zeros_like(x: Params) -> Params:
     return map(torch.zeros_like, x)
 
 
+def leaves(x: Params) -> Params:
+    """`x` anew, each tensor a leaf of autograd's graph that requires grad; `x` itself stays as it is.
+
+    Example:
+        >>> x = {"w": torch.ones(2)}
+        >>> leaves(x)["w"].requires_grad, x["w"].requires_grad
+        (True, False)
+    """
+    return map(lambda t: t.detach().requires_grad_(), x)
+
+
 def normal_like(x: Params, *, generator: torch.Generator) -> Params:
     """Independent standard normal entries, shaped like `x`, drawn from `generator` on its own device."""
     return map(

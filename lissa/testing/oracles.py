@@ -235,7 +235,7 @@ def _sensitivity(
 
 
 def _gradient(problem: Problem, params: Params) -> Params:
-    leaves = tree.map(lambda t: t.detach().requires_grad_(), params)
+    leaves = tree.leaves(params)
     return _backward((_equal_weights(problem) * problem.example_loss_fn(leaves, problem.batch)).sum(), leaves)
 
 
