@@ -97,7 +97,7 @@ def _agrees(model: Functional, last_layer: LastLayer, rows: "ExpandedRows", trai
 
 def _gradient_and_product(model: Functional, batch: Batch) -> tuple[Params, Params]:
     """`g = grad L` and `H g`, each stacked alone, from one graph. Of a random loss neither is what it is elsewhere."""
-    leaves = tree.map(lambda p: p.detach().requires_grad_(), model.params)
+    leaves = tree.leaves(model.params)
     with torch.enable_grad():
         graph = gradient_of_graph(model.loss_fn(leaves, batch), tuple(leaves.values()))
     gradient = tuple(g.detach() for g in graph)

@@ -170,7 +170,7 @@ class _Stack(NamedTuple):
 
 def _products(problem: Problem, stack: _Stack) -> Params:
     """`C v` in float64 with example i weighted by `weights[i]` in place of 1/B, for each of the stack."""
-    leaves = tree.map(lambda t: t.detach().requires_grad_(), stack.params)
+    leaves = tree.leaves(stack.params)
     if problem.curvature == "hessian":
         losses = stack.through(problem.example_loss_fn, leaves)
         return _double_backward((stack.weights * losses).sum(), leaves, stack.v)
@@ -194,7 +194,7 @@ def _products(problem: Problem, stack: _Stack) -> Params:
 
 def _scores(problem: Problem, stack: _Stack) -> Params:
     """`g_i . v` as the derivative in s of `<d (sum_i s_i l_i) / dp, v>`: two backward passes."""
-    leaves = tree.map(lambda t: t.detach().requires_grad_(), stack.params)
+    leaves = tree.leaves(stack.params)
     losses = stack.through(problem.example_loss_fn, leaves)
     s = torch.zeros_like(losses, requires_grad=True)
     gradient = _grad((s * losses).sum(), list(leaves.values()), create_graph=True)
@@ -203,7 +203,7 @@ def _scores(problem: Problem, stack: _Stack) -> Params:
 
 
 def _gradients(problem: Problem, stack: _Stack) -> Params:
-    leaves = tree.map(lambda t: t.detach().requires_grad_(), stack.params)
+    leaves = tree.leaves(stack.params)
     return _backward((stack.weights * stack.through(problem.example_loss_fn, leaves)).sum(), leaves)
 
 
