@@ -124,7 +124,7 @@ def scores(model: Functional) -> Callable[[Params, Batch], Tensor]:
     def one_by_one(ihvps: Params, stack: Batch) -> Tensor:
         found = [loss_and_gradient(model.loss_fn, model.params, row)[1] for row in rows(stack)]
         gradients = stack_vectors(found)
-        products = [(flat(gradients[k]) @ flat(x).mT).mT for k, x in ihvps.items()]
+        products = [flat(x) @ flat(gradients[k]).mT for k, x in ihvps.items()]
         return torch.stack(products).sum(0)
 
     def a_few_at_a_time(ihvps: Params, stack: Batch) -> Tensor:

@@ -117,7 +117,7 @@ def influence_scores(
         return scores if stacked else scores.squeeze(0)
 
     gradients = per_example_gradients(example_loss_fn, params, batch, chunk_size=chunk_size)
-    products = [(_rows(gradients[k]) @ _rows(vectors[k]).mT).mT for k in params]  # faster so for few vectors
+    products = [_rows(vectors[k]) @ _rows(gradients[k]).mT for k in params]
     scores = torch.stack(products).sum(0)
     return scores if stacked else scores.squeeze(0)
 
