@@ -5,6 +5,7 @@ knows nothing of how the `ihvp` was solved for.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -177,9 +178,11 @@ def scores_of_row_losses(
         return Scored(losses, losses.new_zeros(len(vectors[0]), len(losses)), none)
     check_twice_differentiable(losses, "`influence_scores(method='double-vjp')`")
     u = torch.ones_like(losses, requires_grad=True)
-    looks_up = any(node.name() == "EmbeddingBackward0" for node in nodes(losses))
-    alone = looks_up and len(losses) >= MANY_LOOKED_UP
-    at_once = 1 if alone else max(1, PULLED_AT_ONCE // max(1, len(losses)))
+    graph = list(nodes(losses))
+    at_once = scoring.pulled_at_once(
+        len(vectors[0]), examples=len(losses), operations=len(graph), looked_up=sum(map(_looked_up, graph)),
+        device=losses.device.type,
+    )  # fmt: skip
 
     def gradient() -> tuple[Tensor, ...]:
         with torch.enable_grad(), twice_differentiable():
@@ -197,11 +200,9 @@ def scores_of_row_losses(
     return Scored(losses.detach(), torch.cat([found, others]), dict(zip(leaves, of_leaves, strict=True)))
 
 
-PULLED_AT_ONCE = 1024
-"""Most examples times vectors in one backward pass: of more, what passes cost is not starting them."""
-
-MANY_LOOKED_UP = 256
-"""Examples from which on vectors go one by one where rows are looked up: vmap takes two to three times as long."""
+def _looked_up(node: Any) -> int:
+    """Numbers of the rows that a node of autograd's graph looked up in an embedding."""
+    return math.prod(node._input_metadata[0].shape) if node.name() == "EmbeddingBackward0" else 0
 
 
 def scoring_plan(

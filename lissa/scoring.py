@@ -46,10 +46,10 @@ class Machine(NamedTuple):
 
 
 MACHINES = {
-    "cpu": Machine(call=30e-6, node=2e-6, multiply=12.5e-12, move=0.25e-9, cache=2**22, backward=0.0),
+    "cpu": Machine(call=25e-6, node=2.5e-6, multiply=14e-12, move=0.25e-9, cache=2**22, backward=0.0),
     "cuda": Machine(call=80e-6, node=12e-6, multiply=0.03e-12, move=0.0014e-9, cache=2**27, backward=0.65e-3),
 }
-"""By type of device, others are taken for the last. The CPU is one core with float32, 160 GFLOP/s, 16 GB/s and 16 MiB;
+"""By type of device, others are taken for the last. The CPU is one core with float32, 140 GFLOP/s, 16 GB/s and 16 MiB;
 the GPU an H100 with 67 TFLOP/s and 3 TB/s. Both were fitted to measured times."""
 
 
@@ -127,33 +127,36 @@ def plan_scoring(
 ) -> ScoringPlan:
     """The cheapest method and its chunk, for n examples, K vectors, P parameters and the work W of a forward pass.
 
-        t(jvp)        = c ((N + 2 B + 10) a + 5/2 K V w)
-                      + n ((K + 1) (G m + M w) + 2 h K M w + 3/2 K E w + 2/3 (K + 6) I w)
+        t(jvp)        = c ((N + 3 B + 10) a + 7/4 K V w)
+                      + n ((K + 1) (G m + 4/5 M w) + 2 h K M w + 5/4 K E w + (9/10 K + 5) I w)
         t(gradients)  = c ((N / 4 + 10 B + 14) a + d + 3/4 K P w)
-                      + n (G m + 5/2 M w + 5/2 (1 + h) P w + 2/3 K P m)
-        t(double-vjp) = c ((2/3 N + 10) a + d + K (N + 22 B) b + K P w)
-                      + n ((K + 5/2) G m + (3/4 K + 4) M w + 3/2 K (E + I) w)
+                      + n (G m + 7/2 M w + 5/2 (1 + h) P w + 3/4 K P m)
+        t(double-vjp) = c ((N / 2 + 10) a + d + p (N + 22 B + 4) b + K P w + q K V w)
+                      + n (11/10 (K + 5/2) G m + (K / 2 + 4) M w + 3/2 K (E + I) w)
 
     with c chunks and, of W, N operations, B of them matrix products, I numbers read of the example, M others read or
     written and 50 more, E of them looked up in embedding tables of V numbers, and G multiplications, those of the
     forward pass twice, but once where the example is a factor, which has no derivative. A share h of what a chunk holds
-    does not fit into the cache: of K tangents for jvp, of gradients for gradients.
+    does not fit into the cache: of K tangents for jvp, of gradients for gradients. The vectors of a double-vjp go one
+    by one, p = K and q = 0, or several at once, see `pulled_at_once`: then p is five times the number of passes, and
+    q = 1/3.
 
     A jvp pushes the example and K vectors through the forward pass; the tables of all vectors are copied for each
     chunk, to look up rows in all of them at once, and so is the example. A gradient takes a forward and a backward
     pass, of several kernels a product, and P numbers that are written, and read again for K products. A double-vjp
-    builds the graph of these two passes for all examples of a chunk, which a pass for each vector then goes through; it
-    calls a kernel in a fraction of the time, but for each vector anew.
+    builds the graph of these two passes for all examples of a chunk, which a pass for one or several vectors then goes
+    through; it calls a kernel in a fraction of the time, but in each pass anew, and more slowly for several.
 
     The constants are of the type of device, see `MACHINES`: a to call a kernel through `torch.func`, b to go through
     its node of a graph, d for a backward pass, m for a multiplication, w for a number moved, and what a cache holds.
     What is chosen depends on the ratios of the times, and little on those: where it would, times are alike.
 
-    The numbers in the formula were fitted to the times of a grid of models. Measured anew on a busy machine, twice, it
-    chose the fastest in 92% and 94% of the grid's 360 cases, one within 5% of it in 97%, and none that took more than
-    1.3 times as long; of 256 cases of models without a part in that, the fastest in 89% and 91%, one within 5% of it in
-    93%, and none that took more than 1.4 times as long but one, 2.0 times in one run and 1.05 in the other. That is
-    `python -m benchmarks.scoring`; the two runs agree in 95% of the cases on which method is the fastest.
+    The numbers in the formula were fitted to the times of a grid of models and of others, on an AMD EPYC and, before
+    vectors were pulled back together, an Intel Xeon. Measured anew on the EPYC it chose the fastest in 93% of the
+    grid's 360 cases, one within 5% of it in 97%, and none that took more than 1.3 times as long; of the other 256
+    cases the fastest in 90%, one within 5% of it in 93%, none more than 1.3 times. That is `python -m
+    benchmarks.scoring`. By the older times of the Xeon it would be the fastest in 88% of all, and once take 1.5 times
+    as long: where a linear layer has thousands of inputs, processors differ in what they are quick at.
 
     A chunk holds no more than `numbers`, or as much as the vectors do, which are there anyway. For an example, what the
     forward pass writes is counted, and its largest tensor once more: K times for jvp, with two gradients besides for
@@ -201,21 +204,58 @@ def plan_scoring(
     def h(held: int) -> float:
         return max(0.0, 1 - cache / max(1, held))
 
+    size = sizes["double-vjp"]
+    at_once = min(K, pulled_at_once(K, examples=size, operations=N, looked_up=size * E, device=device))
+    p, q = (K, 0.0) if at_once == 1 else (5 * -(-K // at_once), 1 / 3)
     of_tangents, of_gradients = h(sizes["jvp"] * K * passed), h(sizes["per-example-gradients"] * P)
     of_chunk = {
-        "jvp": (N + 2 * B + 10) * a + 5 / 2 * K * V * w,
+        "jvp": (N + 3 * B + 10) * a + 7 / 4 * K * V * w,
         "per-example-gradients": (N / 4 + 10 * B + 14) * a + d + 3 / 4 * K * P * w,
-        "double-vjp": (2 / 3 * N + 10) * a + d + K * (N + 22 * B) * b + K * P * w,
+        "double-vjp": (N / 2 + 10) * a + d + p * (N + 22 * B + 4) * b + K * (P + q * V) * w,
     }
     of_one = {
-        "jvp": (K + 1) * (G * m + M * w) + (2 * of_tangents * K * M + 3 / 2 * K * E + 2 / 3 * (K + 6) * I) * w,
-        "per-example-gradients": G * m + (5 / 2 * M + 5 / 2 * (1 + of_gradients) * P) * w + 2 / 3 * K * P * m,
-        "double-vjp": (K + 5 / 2) * G * m + ((3 / 4 * K + 4) * M + 3 / 2 * K * (E + I)) * w,
+        "jvp": (K + 1) * (G * m + 4 / 5 * M * w) + (2 * of_tangents * K * M + 5 / 4 * K * E + (9 / 10 * K + 5) * I) * w,
+        "per-example-gradients": G * m + (7 / 2 * M + 5 / 2 * (1 + of_gradients) * P) * w + 3 / 4 * K * P * m,
+        "double-vjp": 11 / 10 * (K + 5 / 2) * G * m + ((K / 2 + 4) * M + 3 / 2 * K * (E + I)) * w,
     }
     seconds = {method: chunks[method] * of_chunk[method] + n * of_one[method] for method in methods}
     fastest = min(seconds, key=lambda method: seconds[method])
     return ScoringPlan(fastest, {method: sizes[method] for method in methods}, seconds)
 
+
+def pulled_at_once(vectors: int, *, examples: int, operations: int, looked_up: int, device: str = "cpu") -> int:
+    """How many of K vectors go through a graph of N nodes in one backward pass of double-vjp, by `torch.vmap`.
+
+    As many as make up `PULLED_AT_ONCE` examples: of more, what passes cost is not starting them. But one where rows of
+    E numbers are looked up, as vmap copies these and makes what follows non-contiguous, and that costs more than the
+    passes that it saves:
+
+        (K - 2) N b < 2 K E w
+
+    Args:
+        vectors: K.
+        examples: Those that the graph is of.
+        operations: N.
+        looked_up: E, of all examples.
+        device: The type of device, for b and w; see `MACHINES`.
+
+    Returns:
+        A number of vectors, at least one.
+
+    Example:
+        >>> pulled_at_once(10, examples=100, operations=10, looked_up=0)
+        10
+        >>> pulled_at_once(10, examples=100, operations=10, looked_up=100_000)
+        1
+    """
+    machine = MACHINES.get(device, MACHINES["cuda"])
+    if looked_up and (vectors - 2) * operations * machine.node < 2 * vectors * looked_up * machine.move:
+        return 1
+    return max(1, PULLED_AT_ONCE // max(1, examples))
+
+
+PULLED_AT_ONCE = 1024
+"""Most examples times vectors in one backward pass."""
 
 OF_A_ROW = 50
 """What an example costs in every pass beside the numbers that it reads and writes, in numbers."""

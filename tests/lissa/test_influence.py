@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from lissa import checks, hvp, influence, influence_scores, lstm_layer, per_example_gradients, scoring_plan, tree
 from lissa.influence import scores_of_row_losses
-from lissa.scoring import plan_scoring
+from lissa.scoring import MACHINES, plan_scoring
 from tests.oracles import dense_gradients, dense_hessian, flatten, unflatten
 from tests.problems import recurrent
 
@@ -444,9 +444,9 @@ def test_packed_sequences_are_scored_together_as_one_by_one(packed, products):
     agrees_with_hvp(found, problem_.example_loss_fn, problem_.params, problem_.batch, multiplied)
 
 
-@pytest.mark.parametrize(("many", "chunks"), [(3, []), (4, [341, 341])])
-def test_scores_of_lookups_one_vector_at_a_time_or_together(many, chunks, monkeypatch):
-    monkeypatch.setattr(influence, "MANY_LOOKED_UP", many)
+@pytest.mark.parametrize(("node", "chunks"), [(0.0, []), (1.0, [341, 341])])
+def test_scores_of_lookups_one_vector_at_a_time_or_together(node, chunks, monkeypatch):
+    monkeypatch.setitem(MACHINES, "cpu", MACHINES["cpu"]._replace(node=node))  # seconds for a node of a pass
     pulls, plain = [], torch.vmap
     monkeypatch.setattr(
         torch, "vmap", lambda *args, **kwargs: pulls.append(kwargs["chunk_size"]) or plain(*args, **kwargs)

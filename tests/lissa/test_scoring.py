@@ -5,7 +5,16 @@ import torch
 import torch.nn.functional as F
 
 from lissa import influence_scores, per_example_gradients
-from lissa.scoring import MACHINES, METHODS, NUMBERS_AT_ONCE, ForwardWork, Machine, forward_work, plan_scoring
+from lissa.scoring import (
+    MACHINES,
+    METHODS,
+    NUMBERS_AT_ONCE,
+    ForwardWork,
+    Machine,
+    forward_work,
+    plan_scoring,
+    pulled_at_once,
+)
 
 
 def example_losses(params, batch):
@@ -153,16 +162,30 @@ def test_the_times_are_those_of_the_formula(device, cache, monkeypatch):
     a, b, m, w, d = 1e-3, 1e-4, 1e-6, 1e-7, 1e-2
     monkeypatch.setitem(MACHINES, device, Machine(a, b, m, w, cache, d))
     plan = plan_scoring(WORK, examples=100, vectors=10, parameters=1_000, device=device, numbers=150_000)
-    pass_, M = 16_000 * m + 1_850 * w, 1_850
-    # Ten chunks of ten, three of 34, four of 25.
-    jvp = 10 * (26 * a + 25 * 300 * w) + 100 * (11 * pass_ + (15 * 30 + 2 / 3 * 16 * 200) * w)
-    jvp += 100 * 2 * max(0, 1 - cache / 150_000) * 10 * M * w
-    gradients = 3 * (46.5 * a + d + 7_500 * w) + 100 * (16_000 * m + (2.5 * M + 2_500) * w + 2 / 3 * 10_000 * m)
-    gradients += 100 * 2_500 * max(0, 1 - cache / 34_000) * w
-    double_vjp = 4 * (50 / 3 * a + d + 10 * 76 * b + 10_000 * w)
-    double_vjp += 100 * (12.5 * 16_000 * m + 11.5 * M * w + 15 * 230 * w)
+    G, M, I, E, V, P, K = 16_000, 1_850, 200, 30, 300, 1_000, 10  # noqa: E741
+    # Ten chunks of ten, three of 34, four of 25, where all ten vectors go at once.
+    jvp = 10 * (29 * a + 17.5 * V * w) + 100 * (11 * (G * m + 0.8 * M * w) + (12.5 * E + 14 * I) * w)
+    jvp += 100 * 2 * max(0, 1 - cache / 150_000) * K * M * w
+    gradients = 3 * (46.5 * a + d + 7.5 * P * w) + 100 * (G * m + (3.5 * M + 2.5 * P) * w + 7.5 * P * m)
+    gradients += 100 * 2.5 * P * max(0, 1 - cache / 34_000) * w
+    double_vjp = 4 * (15 * a + d + 5 * 80 * b + (10 * P + 10 / 3 * V) * w)
+    double_vjp += 100 * (13.75 * G * m + (9 * M + 15 * (E + I)) * w)
     expected = {"jvp": jvp, "per-example-gradients": gradients, "double-vjp": double_vjp}
     assert plan.seconds == pytest.approx(expected, rel=1e-9)
+    monkeypatch.setitem(MACHINES, device, Machine(a, 1e-6, m, w, cache, d))  # now passes cost less than vmap
+    again = plan_scoring(WORK, examples=100, vectors=10, parameters=1_000, device=device, numbers=150_000)
+    one_by_one = 4 * (10 * 80 * 1e-6 - 5 * 80 * b - 10 / 3 * V * w)
+    assert again.seconds["double-vjp"] == pytest.approx(double_vjp + one_by_one, rel=1e-9)
+
+
+@pytest.mark.parametrize(("looked_up", "at_once"), [(0, 102), (44_999, 102), (45_001, 1)])
+def test_vectors_go_one_by_one_where_looked_up_rows_cost_more_than_passes(looked_up, at_once, monkeypatch):
+    monkeypatch.setitem(MACHINES, "cpu", Machine(1.0, 1e-5, 1.0, 1e-9, 1.0, 0.0))  # 18 N b = 40 E w at E = 45,000
+    assert pulled_at_once(20, examples=10, operations=10, looked_up=looked_up) == at_once
+
+
+def test_of_two_vectors_none_is_pulled_back_with_the_other_where_rows_are_looked_up():
+    assert [pulled_at_once(2, examples=1, operations=100, looked_up=n) for n in (0, 1)] == [1024, 1]
 
 
 @pytest.mark.parametrize("numbers", [1, 40, 10**6])
