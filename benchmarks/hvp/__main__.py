@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--strategy", help="only strategies whose name contains this, and the plain double backward")
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results", help="folder")
     arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore")
 
@@ -116,7 +117,6 @@ def in_full(rows: list[dict[str, Any]], chunks: list[dict[str, Any]]) -> str:
 
 def save(rows: list[dict[str, Any]], chunks: list[dict[str, Any]], folder: Path, name: str) -> None:
     """Writes what there is so far, after each row: a long run that is cut off has still said something."""
-    folder.mkdir(parents=True, exist_ok=True)
     record = {"environment": environment(), "rows": rows, "memory_by_chunk": chunks}
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     (folder / f"{name}.md").write_text(in_full(rows, chunks) + "\n")

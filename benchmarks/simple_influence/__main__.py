@@ -169,6 +169,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
 
+    arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / f"simple-influence-{'quick-' if arguments.quick else ''}{arguments.device}.json"
     known = json.loads(path.read_text())["rows"] if path.exists() and arguments.workload else []
     rows: list[dict[str, Any]] = []

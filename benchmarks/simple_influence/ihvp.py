@@ -190,6 +190,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / "simple-influence-ihvp-cpu.json"
     known = json.loads(path.read_text())["rows"] if path.exists() else []
     rows = {(row["problem"], row["tool"]): row for row in known}

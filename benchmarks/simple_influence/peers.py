@@ -288,6 +288,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
 
+    arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / "simple-influence-peers-cpu.json"
     known = json.loads(path.read_text())["rows"] if path.exists() else []
     rows = {(row["workload"], row["tool"]): row for row in known}
