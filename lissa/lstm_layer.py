@@ -336,29 +336,45 @@ def _curvature(
     """
     *of_kept, da, dh, dc, dgates, steps = kept_and_cotangents
     kept, B, (K, I) = _Kept(*of_kept), steps.sizes[0], v_x.shape[1:]  # noqa: E741
-    slopes, factors = _slopes(kept.gates), _factors(kept.gates, kept.tanh_c, kept.c_before)
-    bends = 1 - 2 * kept.gates  # s'' / s'
-    bends[:, 2] -= 1  # tanh'' / tanh'
-    dh, dc = dh[B:], dc[B:]
-    d = torch.stack([dc, dc, dc, dh], 1)
-    bends *= factors.mul_(d) if dgates is None else factors.mul_(d).add_(dgates)
-    i_d, f_d, g_d, o_d = slopes.mul_(d).unsqueeze(1).unbind(2)
-    falls = 1 - kept.tanh_c.square()  # tanh'(c)
-    a_i, a_f, a_g, a_o = a_.unbind(2)
-    of_gates = a_ * bends.unsqueeze(1)
-    of_i, of_f, of_g, of_o = of_gates.unbind(2)
-    of_i.addcmul_(a_g, g_d)
-    of_g.addcmul_(a_i, i_d)
-    of_f.addcmul_(c_[steps.before], dc.unsqueeze(1))
-    of_o.addcmul_(c_[B:], (falls * dh).unsqueeze(1))
-    of_c = steps.sent_before(a_f * f_d)
-    of_c[B:].addcmul_(a_o, o_d * falls.unsqueeze(1))
-    of_c[B:].addcmul_(c_[B:], (kept.gates[:, 3] * kept.tanh_c * falls * dh).unsqueeze(1), value=-2)
+    of_gates, of_c_before, of_c_here = torch.empty_like(a_), torch.empty_like(c_[B:]), torch.empty_like(c_[B:])
+    of_rows = [kept.gates, kept.tanh_c, kept.c_before, dh[B:], dc[B:], a_, c_[steps.before], c_[B:], of_gates,
+               of_c_before, of_c_here, *([] if dgates is None else [dgates])]  # fmt: skip
+    for some in zip(*(t.split(max(1, NUMBERS_AT_ONCE // a_[0].numel())) for t in of_rows), strict=True):
+        _bend(*some)
+    of_c = steps.sent_before(of_c_before)
+    of_c[B:].add_(of_c_here)
     W_da = (da @ v_W.transpose(0, 1).flatten(1)).unflatten(1, (K, -1))  # W'^T da
     of_h = steps.sent_before(W_da[:, :, I:])
     z_ = torch.cat([v_x, h_[steps.before]], 2)
     of_W = (da.mT @ z_.flatten(1)).unflatten(1, (K, -1)).transpose(0, 1)
     return of_gates, of_h, of_c, W_da[:, :, :I], of_W
+
+
+NUMBERS_AT_ONCE = 2**18
+"""Most numbers of gates that `_curvature` bends at a time, which stay in a cache then."""
+
+
+def _bend(
+    gates: Tensor, tanh_c: Tensor, c_before: Tensor, dh: Tensor, dc: Tensor, a_: Tensor, c_before_: Tensor, c_: Tensor,
+    of_gates: Tensor, of_c_before: Tensor, of_c_here: Tensor, dgates: Tensor | None = None,
+) -> None:  # fmt: skip
+    """What `_curvature` finds row by row, of some rows, into the three tensors `of_...`."""
+    slopes, factors = _slopes(gates), _factors(gates, tanh_c, c_before)
+    bends = 1 - 2 * gates  # s'' / s'
+    bends[:, 2] -= 1  # tanh'' / tanh'
+    d = torch.stack([dc, dc, dc, dh], 1)
+    bends *= factors.mul_(d) if dgates is None else factors.mul_(d).add_(dgates)
+    i_d, f_d, g_d, o_d = slopes.mul_(d).unsqueeze(1).unbind(2)
+    falls = 1 - tanh_c.square()  # tanh'(c)
+    a_i, a_f, a_g, a_o = a_.unbind(2)
+    of_i, of_f, of_g, of_o = torch.mul(a_, bends.unsqueeze(1), out=of_gates).unbind(2)
+    of_i.addcmul_(a_g, g_d)
+    of_g.addcmul_(a_i, i_d)
+    of_f.addcmul_(c_before_, dc.unsqueeze(1))
+    of_o.addcmul_(c_, (falls * dh).unsqueeze(1))
+    torch.mul(a_f, f_d, out=of_c_before)
+    torch.mul(a_o, o_d * falls.unsqueeze(1), out=of_c_here)
+    of_c_here.addcmul_(c_, (gates[:, 3] * tanh_c * falls * dh).unsqueeze(1), value=-2)
 
 
 def _swept_forward(a_: Tensor, h: Tensor, c: Tensor, kept: _Kept, steps: Steps) -> tuple[Tensor, Tensor]:
