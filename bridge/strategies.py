@@ -142,7 +142,11 @@ def row_scores(model: Functional, ihvps: Params, batch: Batch, count: int, *, pr
         NoRowLossesError: If the model's loss is not a mean over rows that can be told apart.
     """
     return scores_of_row_losses(
-        lambda params: row_losses(model.loss_fn, params, batch, count), model.params, ihvps, products=products
+        lambda params: row_losses(model.loss_fn, params, batch, count),
+        model.params,
+        ihvps,
+        products=products,
+        by_uses=True,
     )
 
 

@@ -22,6 +22,7 @@ from lissa.leafwise import is_constant
 from lissa.lstm import DirectionalLSTM
 from lissa.scoring import ScoringPlan, forward_work, plan_scoring
 from lissa.types import Batch, ExampleLossFn, Params
+from lissa.uses import uses
 
 METHODS = ("auto", *scoring.METHODS)
 
@@ -138,7 +139,12 @@ class Scored(NamedTuple):
 
 
 def scores_of_row_losses(
-    row_losses: Callable[[Params], Tensor], params: Params, ihvp: Params, *, products: int = 0
+    row_losses: Callable[[Params], Tensor],
+    params: Params,
+    ihvp: Params,
+    *,
+    products: int = 0,
+    by_uses: bool = False,
 ) -> Scored:
     """`score_ik = grad_i . x_k` and `sum_i H_i x_k`: the derivatives of `grad (u . losses) . x_k` in `u` and `params`.
 
@@ -151,6 +157,7 @@ def scores_of_row_losses(
         params: Where the gradients are taken.
         ihvp: K vectors, stacked.
         products: Of how many vectors, the first ones, the products are asked for.
+        by_uses: Whether the others are scored by `lissa.uses`, if they are not few and that is possible.
 
     Returns:
         The scores and products, constants to autograd.
@@ -184,20 +191,32 @@ def scores_of_row_losses(
         device=losses.device.type,
     )  # fmt: skip
 
-    def gradient() -> tuple[Tensor, ...]:
+    entering = uses(losses) if by_uses and len(vectors[0]) - products >= MANY_VECTORS else None
+    rows = [] if entering is None else entering.rows
+
+    def gradient() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        inputs: list[Any] = [*leaves.values(), *rows]
         with torch.enable_grad(), twice_differentiable():
-            found = torch.autograd.grad(losses, tuple(leaves.values()), u, create_graph=True, materialize_grads=True)
-            return tuple(map(dense, found))
+            found = torch.autograd.grad(losses, inputs, u, create_graph=True, materialize_grads=True)
+        return tuple(map(dense, found[: len(leaves)])), found[len(leaves) :]
 
     with twice_differentiable():
-        pulled = gradient()
-        first = [v[:products] for v in vectors]
+        pulled, of_rows = gradient()
+        first, others = ([v[part] for v in vectors] for part in (slice(products), slice(products, None)))
+        scores = None
+        if entering is not None:
+            scores = entering.scores(of_rows, losses, leaves, dict(zip(leaves, others, strict=True)))
         found, *of_leaves = pulled_back(pulled, (u, *leaves.values()), first, at_once=at_once)
-        if lstm.met and 0 < products < len(vectors[0]):  # of the others nothing that only products need
-            lstm.curved = False
-            pulled = gradient()
-        others = pulled_back(pulled, (u,), [v[products:] for v in vectors], at_once=at_once)[0]
-    return Scored(losses.detach(), torch.cat([found, others]), dict(zip(leaves, of_leaves, strict=True)))
+        if scores is None:
+            if lstm.met and 0 < products < len(vectors[0]):  # of the others nothing that only products need
+                lstm.curved = False
+                pulled, _ = gradient()
+            scores = pulled_back(pulled, (u,), others, at_once=at_once)[0]
+    return Scored(losses.detach(), torch.cat([found, scores]), dict(zip(leaves, of_leaves, strict=True)))
+
+
+MANY_VECTORS = 3
+"""From so many on, a gradient to find out whose rows are whose pays."""
 
 
 def _looked_up(node: Any) -> int:

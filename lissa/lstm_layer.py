@@ -30,6 +30,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lissa.leafwise import is_constant
+
 
 @dataclass(frozen=True, eq=False)
 class Steps:
@@ -133,7 +135,8 @@ class Layer(torch.autograd.Function):
     """Of one layer in one direction the last `h, c` of each sequence and all it went through, from `x, h, c, W, b`.
 
     That is the gates, shape `(N, 4, H)`, and all `h` and `c`, the B initial ones first. A gradient is a function of
-    these too, so that what its derivatives say of them and what the loss says go back in one sweep.
+    these too, so that what its derivatives say of them and what the loss says go back in one sweep. In autograd's graph
+    a node keeps the latest gradient in the rows `W z + b`, and `z`, as `da` and `z`.
     """
 
     @staticmethod
@@ -177,6 +180,8 @@ class Layer(torch.autograd.Function):
         given = [torch.zeros_like(t) if dt is None else dt for dt, t in ((dh_last, h[:B]), (dc_last, c[:B]))]
         given += [dgates, *(torch.zeros_like(t) if dt is None else dt for dt, t in ((dh, h), (dc, c)))]
         of_all = _Backward.apply(*given, *at, *(t.detach() for t in kept), ctx.steps)
+        if is_constant():  # of many vectors, nobody asks
+            ctx.z, ctx.da = kept.z, of_all[_FIVE]
         return *of_all[:_FIVE], None, None
 
 
