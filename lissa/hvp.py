@@ -333,15 +333,23 @@ def check_twice_differentiable(loss: Tensor, call: str) -> None:
 
 
 def nodes(t: Tensor) -> Iterator[Any]:
-    """The nodes of autograd's graph behind `t`, each once."""
-    todo = [t.grad_fn] if t.grad_fn is not None else []
-    seen = set(todo)
+    """The nodes of autograd's graph behind `t`, each once, after those whose results it takes."""
+    todo, opened, done = [t.grad_fn] if t.grad_fn is not None else [], set[Any](), set[Any]()
     while todo:
-        node = todo.pop()
-        yield node
-        further = {to for to, _ in node.next_functions if to is not None} - seen
-        seen |= further
-        todo.extend(further)
+        node = todo[-1]
+        if node not in opened:
+            opened.add(node)
+            todo += [to for to, _ in node.next_functions if to is not None and to not in opened]
+            continue
+        todo.pop()
+        if node not in done:
+            done.add(node)
+            yield node
+
+
+def result_shape(node: Any, which: int = 0) -> tuple[int, ...]:
+    """The shape of a result of a node of autograd's graph."""
+    return tuple(node._input_metadata[which].shape)
 
 
 _ONCE = once_differentiable(lambda *_: None).__code__

@@ -16,7 +16,7 @@ from torch.func import grad, jvp
 from torch.utils import _pytree as pytree
 
 from lissa import checks, sampling, scoring, tree
-from lissa.hvp import check_twice_differentiable, dense, nodes, pulled_back
+from lissa.hvp import check_twice_differentiable, dense, nodes, pulled_back, result_shape
 from lissa.kernels import twice_differentiable
 from lissa.leafwise import is_constant
 from lissa.lstm import DirectionalLSTM
@@ -157,7 +157,8 @@ def scores_of_row_losses(
         params: Where the gradients are taken.
         ihvp: K vectors, stacked.
         products: Of how many vectors, the first ones, the products are asked for.
-        by_uses: Whether the others are scored by `lissa.uses`, if they are not few and that is possible.
+        by_uses: Whether the others are scored by `lissa.uses`, if they are not few and that is possible. It is if the
+            first vector gets the scores that it gets by being pulled back.
 
     Returns:
         The scores and products, constants to autograd.
@@ -202,26 +203,33 @@ def scores_of_row_losses(
 
     with twice_differentiable():
         pulled, of_rows = gradient()
-        first, others = ([v[part] for v in vectors] for part in (slice(products), slice(products, None)))
         scores = None
         if entering is not None:
-            scores = entering.scores(of_rows, losses, leaves, dict(zip(leaves, others, strict=True)))
-        found, *of_leaves = pulled_back(pulled, (u, *leaves.values()), first, at_once=at_once)
+            scores = entering.scores(of_rows, losses, leaves, dict(zip(leaves, vectors, strict=True)))
+        found, *of_leaves = pulled_back(pulled, (u, *leaves.values()), [v[:products] for v in vectors], at_once=at_once)
+        if scores is not None:
+            first = found[:1] if products else pulled_back(pulled, (u,), [v[:1] for v in vectors])[0]
+            scores = scores[products:] if _are_close(scores[:1], first) else None
         if scores is None:
             if lstm.met and 0 < products < len(vectors[0]):  # of the others nothing that only products need
                 lstm.curved = False
                 pulled, _ = gradient()
-            scores = pulled_back(pulled, (u,), others, at_once=at_once)[0]
+            scores = pulled_back(pulled, (u,), [v[products:] for v in vectors], at_once=at_once)[0]
     return Scored(losses.detach(), torch.cat([found, scores]), dict(zip(leaves, of_leaves, strict=True)))
 
 
 MANY_VECTORS = 3
-"""From so many on, a gradient to find out whose rows are whose pays."""
+"""From so many on, a gradient to find out which row is whose pays."""
+
+
+def _are_close(a: Tensor, b: Tensor) -> bool:
+    """Whether scores are the same but for rounding, which is relative to the largest terms of their sums."""
+    return bool((a - b).abs().max() <= torch.finfo(a.dtype).eps ** 0.5 * b.abs().max())
 
 
 def _looked_up(node: Any) -> int:
     """Numbers of the rows that a node of autograd's graph looked up in an embedding."""
-    return math.prod(node._input_metadata[0].shape) if node.name() == "EmbeddingBackward0" else 0
+    return math.prod(result_shape(node)) if node.name() == "EmbeddingBackward0" else 0
 
 
 def scoring_plan(

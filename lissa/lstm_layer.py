@@ -185,6 +185,9 @@ class Layer(torch.autograd.Function):
         return *of_all[:_FIVE], None, None
 
 
+WEIGHTS, BIAS = 3, 4
+"""Places of `W` and `b` among the arguments of `Layer`."""
+
 _FIVE = 5
 """So many are the results of `Layer`, the tensors it is a function of, and those that its gradients are taken at."""
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from lissa.hvp import pulled_back
-from lissa.lstm_layer import Layer
+from lissa.hvp import nodes, pulled_back, result_shape
+from lissa.lstm_layer import BIAS, WEIGHTS, Layer
 from lissa.types import Params
 
 NUMBERS_AT_ONCE = 2**18
@@ -23,6 +23,12 @@ NUMBERS_AT_ONCE = 2**18
 
 GRADIENTS_AT_ONCE = 2**20
 """Most numbers of examples' gradients at a time: with fewer, each product with the vectors is a thin one."""
+
+MOST_OFF = 1 / 16
+"""How far the factor between a row's two gradients may be from a whole number, in any of its entries."""
+
+MOST_ROUNDED = 2.0**-10
+"""Most that the largest factor may be rounded by, before the backward pass rounds too: 8,192 examples in float32."""
 
 
 class Use(NamedTuple):
@@ -61,7 +67,9 @@ class Uses(NamedTuple):
         """`grad_i . x_k`: over all uses, and rows r of example i, the sum of `dL_i / dz_r . X_k a_r`, shape `(K, B)`.
 
         The gradient of `u . losses` in z is linear in u. It is taken for `u_i = i` too: what a row of example i has is
-        i times as long then. None, if there is a row of which that is not so.
+        i times as long then. None, if there is a row of which that is not so, or there are too many examples for the
+        precision. A row of several examples may happen to look like one of another, for all vectors alike: the scores
+        of one vector, found in another way, tell.
 
         Args:
             gradients: Of the sum of the losses in `rows`, the latest that was taken.
@@ -82,12 +90,14 @@ class Uses(NamedTuple):
 
         Source: I. Goodfellow, Efficient per-example gradient computations, 2015, for the norms of gradients.
         """
-        B, nodes = len(losses), list(self._by_node)
-        once = _of_rows(nodes, gradients)
+        B, operations = len(losses), list(self._by_node)
+        if B * torch.finfo(losses.dtype).eps > MOST_ROUNDED:
+            return None
+        once = _of_rows(operations, gradients)
         numbers = torch.arange(1, B + 1, dtype=losses.dtype, device=losses.device)
-        numbered = _of_rows(nodes, torch.autograd.grad(losses, self.rows, numbers, retain_graph=True))
+        numbered = _of_rows(operations, torch.autograd.grad(losses, self.rows, numbers, retain_graph=True))
         rows: dict[Any, _Rows] = {}
-        for node, g, i_g in zip(nodes, once, numbered, strict=True):
+        for node, g, i_g in zip(operations, once, numbered, strict=True):
             of_node = _rows_of(g, i_g, B)
             if of_node is None:
                 return None
@@ -110,7 +120,7 @@ def uses(losses: Tensor) -> Uses | None:
     """
     found: list[Use] = []
     of_data: dict[Any, bool] = {}
-    for node in _inputs_first(losses.grad_fn):
+    for node in nodes(losses):
         inputs = [(place, to) for place, (to, _) in enumerate(node.next_functions) if to is not None]
         entering = [place for place, to in inputs if not of_data[to]]
         known = bool(entering) and _is_known(node, entering, others=len(inputs) - len(entering))
@@ -170,27 +180,11 @@ def _parts(width: int, *of_rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(t.split(max(1, NUMBERS_AT_ONCE // width)) for t in of_rows), strict=True)
 
 
-def _inputs_first(end: Any) -> Iterator[Any]:
-    """The nodes of a graph, each after those whose results it takes."""
-    todo, opened = [end] if end is not None else [], set[Any]()
-    done = set[Any]()
-    while todo:
-        node = todo[-1]
-        if node in opened:
-            todo.pop()
-            if node not in done:
-                done.add(node)
-                yield node
-            continue
-        opened.add(node)
-        todo += [to for to, _ in node.next_functions if to is not None and to not in opened]
-
-
 def _is_known(node: Any, entering: list[int], others: int) -> bool:
     """Whether parameters enter, as these arguments beside so many others, in a way that `_along` knows."""
     name = node.name()
     if _is_lstm(node):
-        return set(entering) <= {_W, _B}
+        return set(entering) <= {WEIGHTS, BIAS}
     if name == "MmBackward0":
         return entering == [1]
     if name == "AddmmBackward0":
@@ -200,26 +194,18 @@ def _is_known(node: Any, entering: list[int], others: int) -> bool:
     return name == "EmbeddingBackward0" and not node._saved_scale_grad_by_freq
 
 
-_W, _B = 3, 4
-"""Places of the weights and the bias among the arguments of an LSTM's layer."""
-
-
 def _is_bias(node: Any, place: int) -> bool:
     """Whether what enters is added to each row of the result."""
-    return _shape(Use(node, place).parameters) == _shape(GradientEdge(node, 0))[-1:]
-
-
-def _shape(edge: GradientEdge) -> tuple[int, ...]:
-    return tuple(edge.node._input_metadata[edge.output_nr].shape)  # pyright: ignore[reportAttributeAccessIssue]
+    return result_shape(*node.next_functions[place]) == result_shape(node)[-1:]
 
 
 def _is_lstm(node: Any) -> bool:
     return getattr(node, "_forward_cls", None) is Layer
 
 
-def _of_rows(nodes: list[Any], gradients: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients in the rows of what these nodes gave, each of shape `(N, m)`: an LSTM's layer has its own."""
-    found = [node.da if _is_lstm(node) else g for node, g in zip(nodes, gradients, strict=True)]
+def _of_rows(operations: list[Any], gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients in the rows of what these operations gave, each of shape `(N, m)`: an LSTM's layer has its own."""
+    found = [node.da if _is_lstm(node) else g for node, g in zip(operations, gradients, strict=True)]
     return [g.detach().reshape(-1, g.shape[-1]) for g in found]
 
 
@@ -230,7 +216,7 @@ def _rows_of(gradients: Tensor, numbered: Tensor, count: int) -> _Rows | None:
         largest, place = g.abs().max(1, keepdim=True)
         number = torch.where(largest > 0, i_g.gather(1, place) / g.gather(1, place), 0.0).round_()
         gap = torch.addcmul(i_g, number, g, value=-1).abs_().amax(1, keepdim=True)
-        right = (gap <= torch.finfo(g.dtype).eps ** 0.5 * largest * number) & (number <= count)
+        right = (gap <= MOST_OFF * largest) & (number <= count)
         if not bool((right & ((number > 0) | (largest == 0))).all()):
             return None
         numbers.append(number[:, 0].long())
@@ -246,7 +232,7 @@ def _directions(parameters: GradientEdge, leaves: Params, vectors: Params) -> Te
         if getattr(parameters.node, "variable", None) is leaf:
             return vectors[key]
     like = next(iter(vectors.values()))
-    cotangent = like.new_zeros(_shape(parameters), requires_grad=True)
+    cotangent = like.new_zeros(result_shape(*parameters[:2]), requires_grad=True)
     inputs = tuple(leaves.values())
     with torch.enable_grad():  # linear in the cotangent, whose derivative is wanted
         pulled = torch.autograd.grad([parameters], inputs, [cotangent], create_graph=True, materialize_grads=True)
@@ -257,7 +243,7 @@ def _along(use: Use, rows: _Rows, X: Tensor) -> Tensor:
     """What this use adds to the scores of K vectors, of which X is of what enters, shape `(K, B)`."""
     node, g = use.node, rows.gradients
     if _is_lstm(node):
-        return rows.times(node.z, X.mT) if use.place == _W else rows.summed(X @ g.mT)
+        return rows.times(node.z, X.mT) if use.place == WEIGHTS else rows.summed(X @ g.mT)
     name = node.name()
     if name == "EmbeddingBackward0":
         looked_up = node._saved_indices.flatten()[rows.chosen]

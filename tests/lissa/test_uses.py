@@ -94,28 +94,27 @@ CASES = {
     "matrix and bias": of_last_layer,
     "factors": lambda p: squares(torch.add(torch.addmm(p["b"], X, p["w"], alpha=2, beta=3), p["b"], alpha=5)),
     "sequences": lambda p: squares(F.linear(LONG, p["w"].T, p["b"])),
-    "two layers": lambda p: squares(F.linear(LONG, p["w"].T, p["b"]).tanh() @ p["v"]),
+    "two layers": lambda p: squares(F.linear(LONG, p["w"].T, p["b"]).tanh() @ p["u"]),
     "a matrix twice": lambda p: squares((X @ p["v"]).tanh() @ p["w"] + (X[:, :3] * 2) @ p["w"][:3]),
     "computed from parameters": lambda p: squares(F.linear(X, torch.cat([p["w"].T, p["w"].T * 2]), p["b"].repeat(2))),
     "lookups": lambda p: squares(F.embedding(WORDS, p["table"]).sum(1) @ p["w"]),
     "padded lookups": lambda p: squares(F.embedding(WORDS, p["table"], padding_idx=0) @ p["w"]),
     "rows out of order": lambda p: squares((X[torch.tensor([3, 0, 5, 1, 4, 2])] @ p["w"])[torch.arange(5, -1, -1)]),
-    "rows that matter to none": lambda p: squares(F.relu(LONG @ p["w"] - 3) @ p["v"][:3]),
+    "rows that matter to none": lambda p: squares(F.relu(LONG @ p["w"] - 3) @ p["u"]),
     "an example that nothing matters to": lambda p: of_last_layer(p) * torch.tensor([1, 1, 0, 1, 1, 1]),
     "a parameter that nothing uses": lambda p: squares(X @ p["w"]),
 }
 
 
 def parameters():
-    return {"w": normal(4, 3, seed=1), "b": normal(3, seed=2), "v": normal(4, 4, seed=3)[:, :4], "table": normal(5, 4)}
+    shapes = {"w": (4, 3), "b": (3,), "v": (4, 4), "u": (3, 4), "table": (5, 4)}
+    return {key: normal(*shape, seed=i) for i, (key, shape) in enumerate(shapes.items())}
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("count", [1, 3, 9])
 def test_scores_of_each_way_to_enter(case, count):
     params = parameters()
-    if case in ("two layers", "rows that matter to none"):
-        params["v"] = normal(3, 4, seed=3)
     vectors = stacked(params, count)
     scores = found(CASES[case], params, vectors)
     assert scores is not None
@@ -198,7 +197,7 @@ def test_row_losses_are_scored_by_uses_where_that_is_possible(products, monkeypa
 
     monkeypatch.setattr(influence, "pulled_back", pulled_back)
     for losses, all_pulled in (
-        (of_last_layer, products),
+        (of_last_layer, max(products, 1)),
         (UNKNOWN["a norm's factor"], 5),
         (SHARED["one row for two"], 5),
     ):
@@ -207,6 +206,28 @@ def test_row_losses_are_scored_by_uses_where_that_is_possible(products, monkeypa
         assert sum(pulled) == all_pulled
         by_pulling = scores_of_row_losses(losses, params, vectors, products=products)
         torch.testing.assert_close(scored, by_pulling, **CLOSE)
+
+
+@pytest.mark.parametrize("products", [0, 1])
+def test_a_row_that_all_share_is_not_taken_for_that_of_the_one_in_the_middle(products):
+    """All of an odd number of examples say the same of a penalty: the mean of their numbers is a whole number."""
+    params, ones = {"w": normal(4, 1, seed=1)}, torch.ones(1, 4, dtype=torch.float64)
+    vectors, x = stacked(params, 5), normal(7, 4, seed=2)
+
+    def losses(p):
+        return squares(x @ p["w"]) + squares(ones @ p["w"])
+
+    scored = scores_of_row_losses(losses, params, vectors, products=products, by_uses=True)
+    torch.testing.assert_close(scored.scores, expected(losses, params, vectors), **CLOSE)
+    assert not torch.allclose(found(losses, params, vectors), scored.scores)  # which is what the check is for
+
+
+def test_more_examples_than_the_precision_tells_apart_are_not_numbered():
+    x, w = normal(9000, 2).float(), normal(2, 1).float()
+    for examples, told in ((8000, True), (9000, False)):
+        scores = found(lambda p, n=examples: squares(x[:n] @ p["w"]), {"w": w}, {"w": w.unsqueeze(0)})
+        assert (scores is not None) == told
+    assert found(lambda p: squares(x[:2].bfloat16() @ p["w"]), {"w": w.bfloat16()}, {"w": w[None].bfloat16()}) is None
 
 
 def test_few_vectors_are_not_scored_by_uses(monkeypatch):
