@@ -155,8 +155,8 @@ def plan_scoring(
     vectors were pulled back together, an Intel Xeon. Measured anew on the EPYC it chose the fastest in 93% of the
     grid's 360 cases, one within 5% of it in 97%, and none that took more than 1.3 times as long; of the other 256
     cases the fastest in 90%, one within 5% of it in 93%, none more than 1.3 times. That is `python -m
-    benchmarks.scoring`. By the older times of the Xeon it would be the fastest in 88% of all, and once take 1.5 times
-    as long: where a linear layer has thousands of inputs, processors differ in what they are quick at.
+    benchmarks.scoring`. Where a linear layer has thousands of inputs, the two processors differ in which method is the
+    quickest for dozens of vectors.
 
     A chunk holds no more than `numbers`, or as much as the vectors do, which are there anyway. For an example, what the
     forward pass writes is counted, and its largest tensor once more: K times for jvp, with two gradients besides for
