@@ -270,9 +270,12 @@ def collate_alike(instances: Sequence[Instance]) -> dict[str, Any]:
 
 
 def _unpadded(column: list[Any], lengths: dict[str, int]) -> list[Any]:
-    """The fields as tensors: to pad those that hold one by nothing would take longer than all the rest."""
-    if type(column[0]).as_tensor.__module__ == "allennlp.data.fields.tensor_field":
+    """The fields as tensors: to pad those that hold one by nothing, or to make one of each label, takes the longest."""
+    kind = type(column[0]).as_tensor.__module__
+    if kind == "allennlp.data.fields.tensor_field":
         return [field.tensor for field in column]
+    if kind == "allennlp.data.fields.label_field":
+        return [*torch.tensor([field._label_id for field in column])]
     return [field.as_tensor(lengths) for field in column]
 
 
