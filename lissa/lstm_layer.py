@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lissa.leafwise import is_constant
+from lissa.parts import row_parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -347,7 +348,7 @@ def _curvature(
     of_gates, of_c_before, of_c_here = torch.empty_like(a_), torch.empty_like(c_[B:]), torch.empty_like(c_[B:])
     of_rows = [kept.gates, kept.tanh_c, kept.c_before, dh[B:], dc[B:], a_, c_[steps.before], c_[B:], of_gates,
                of_c_before, of_c_here, *([] if dgates is None else [dgates])]  # fmt: skip
-    for some in zip(*(t.split(max(1, NUMBERS_AT_ONCE // a_[0].numel())) for t in of_rows), strict=True):
+    for some in row_parts(a_[0].numel(), *of_rows):
         _bend(*some)
     of_c = steps.sent_before(of_c_before)
     of_c[B:].add_(of_c_here)
@@ -356,10 +357,6 @@ def _curvature(
     z_ = torch.cat([v_x, h_[steps.before]], 2)
     of_W = (da.mT @ z_.flatten(1)).unflatten(1, (K, -1)).transpose(0, 1)
     return of_gates, of_h, of_c, W_da[:, :, :I], of_W
-
-
-NUMBERS_AT_ONCE = 2**18
-"""Most numbers of gates that `_curvature` bends at a time, which stay in a cache then."""
 
 
 def _bend(

@@ -7,7 +7,7 @@ through for each vector. Which example a row is of is found out, not assumed.
 Knows autograd's graphs, from which it reads what rows are multiplied by; knows nothing of modules.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,12 +16,10 @@ from torch.autograd.graph import GradientEdge
 
 from lissa.hvp import nodes, pulled_back, result_shape
 from lissa.lstm_layer import BIAS, WEIGHTS, Layer
+from lissa.parts import row_parts
 from lissa.types import Params
 
-NUMBERS_AT_ONCE = 2**18
-"""Most numbers of rows at a time, which stay in a cache then."""
-
-GRADIENTS_AT_ONCE = 2**20
+GRADIENTS_AT_ONCE = {"cpu": 2**20, "cuda": 2**22}
 """Most numbers of examples' gradients at a time: with fewer, each product with the vectors is a thin one."""
 
 MOST_OFF = 1 / 16
@@ -156,13 +154,13 @@ class _Rows(NamedTuple):
         if K * N > N + K * B:
             return self._by_example(a, X.flatten(1))
         X = X.permute(1, 0, 2).reshape(d, K * m)
-        parts = _parts(K * m, a, self.gradients)
+        parts = row_parts(K * m, a, self.gradients)
         return self.summed(torch.cat([torch.bmm((x @ X).view(-1, K, m), g.unsqueeze(2)) for x, g in parts])[:, :, 0].mT)
 
     def _by_example(self, a: Tensor, X: Tensor) -> Tensor:
         """The same, by the gradients `sum of a_r g_r^T` of some examples at a time, for X of shape `(K, d m)`."""
         found, start = [], 0
-        for lengths in self.counts.split(max(1, GRADIENTS_AT_ONCE // X.shape[1])):
+        for (lengths,) in row_parts(X.shape[1], self.counts, most=GRADIENTS_AT_ONCE):
             stop = start + int(lengths.sum())
             example = torch.repeat_interleave(torch.arange(len(lengths), device=a.device), lengths)
             place = torch.arange(stop - start, device=a.device) - (lengths.cumsum(0) - lengths)[example]
@@ -173,11 +171,6 @@ class _Rows(NamedTuple):
             found.append(X @ torch.bmm(x.mT, g).flatten(1).mT)
             start = stop
         return torch.cat(found, 1)
-
-
-def _parts(width: int, *of_rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Some rows at a time, so few that `width` numbers for each of them stay in a cache."""
-    return zip(*(t.split(max(1, NUMBERS_AT_ONCE // width)) for t in of_rows), strict=True)
 
 
 def _is_known(node: Any, entering: list[int], others: int) -> bool:
@@ -212,7 +205,7 @@ def _of_rows(operations: list[Any], gradients: Sequence[Tensor]) -> list[Tensor]
 def _rows_of(gradients: Tensor, numbered: Tensor, count: int) -> _Rows | None:
     """The rows in order of the examples that they are of, if their two gradients say of which."""
     numbers = []
-    for g, i_g in _parts(gradients.shape[1], gradients, numbered):
+    for g, i_g in row_parts(gradients.shape[1], gradients, numbered):
         largest, place = g.abs().max(1, keepdim=True)
         number = torch.where(largest > 0, i_g.gather(1, place) / g.gather(1, place), 0.0).round_()
         gap = torch.addcmul(i_g, number, g, value=-1).abs_().amax(1, keepdim=True)
@@ -248,7 +241,7 @@ def _along(use: Use, rows: _Rows, X: Tensor) -> Tensor:
     if name == "EmbeddingBackward0":
         looked_up = node._saved_indices.flatten()[rows.chosen]
         there = (looked_up != node._saved_padding_idx).unsqueeze(1)
-        parts = _parts(4 * g.shape[1], looked_up, g * there)
+        parts = row_parts(4 * g.shape[1], looked_up, g * there)
         return rows.summed(
             torch.cat([torch.stack([(x.index_select(0, i) * part).sum(1) for x in X]) for i, part in parts], 1)
         )

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lissa import influence, tree
+from lissa import influence, parts, tree
 from lissa import uses as uses_
 from lissa.influence import scores_of_row_losses
 from lissa.lstm import DirectionalLSTM
@@ -167,8 +167,8 @@ def test_sums_are_those_of_dense_gradients_however_they_are_cut(examples, rows, 
         return squares((x @ params["w"] + params["b"]) * there)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(uses_, "NUMBERS_AT_ONCE", at_once)
-        patch.setattr(uses_, "GRADIENTS_AT_ONCE", at_once)
+        patch.setitem(parts.NUMBERS_AT_ONCE, "cpu", at_once)
+        patch.setitem(uses_.GRADIENTS_AT_ONCE, "cpu", at_once)
         scores = found(losses, params, vectors)
     torch.testing.assert_close(scores, expected(losses, params, vectors), **CLOSE)
 
