@@ -22,6 +22,10 @@ from lissa.types import Params
 GRADIENTS_AT_ONCE = {"cpu": 2**20, "cuda": 2**22}
 """Most numbers of examples' gradients at a time: with fewer, each product with the vectors is a thin one."""
 
+OUTPUTS_AT_ONCE = 2**10
+"""Most outputs of vectors at a time, so that hundreds of rows are multiplied by them: for a few rows alone, a product
+takes twice as long to make ready as to compute."""
+
 MOST_OFF = 1 / 16
 """How far the factor between a row's two gradients may be from a whole number, in any of its entries."""
 
@@ -153,9 +157,12 @@ class _Rows(NamedTuple):
         a = a.index_select(0, self.chosen)
         if K * N > N + K * B:
             return self._by_example(a, X.flatten(1))
-        X = X.permute(1, 0, 2).reshape(d, K * m)
-        parts = row_parts(K * m, a, self.gradients)
-        return self.summed(torch.cat([torch.bmm((x @ X).view(-1, K, m), g.unsqueeze(2)) for x, g in parts])[:, :, 0].mT)
+        found, some = a.new_empty(N, K), max(1, OUTPUTS_AT_ONCE // m)
+        for X_k, of_k in zip(X.split(some), found.split(some, 1), strict=True):
+            outputs = X_k.mT.reshape(-1, d).mT
+            for x, g, scores in row_parts(outputs.shape[1], a, self.gradients, of_k):
+                scores.copy_(torch.bmm((x @ outputs).view(len(x), len(X_k), m), g.unsqueeze(2))[:, :, 0])
+        return self.summed(found.mT)
 
     def _by_example(self, a: Tensor, X: Tensor) -> Tensor:
         """The same, by the gradients `sum of a_r g_r^T` of some examples at a time, for X of shape `(K, d m)`."""

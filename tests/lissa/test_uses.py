@@ -169,6 +169,7 @@ def test_sums_are_those_of_dense_gradients_however_they_are_cut(examples, rows, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(parts.NUMBERS_AT_ONCE, "cpu", at_once)
         patch.setitem(uses_.GRADIENTS_AT_ONCE, "cpu", at_once)
+        patch.setattr(uses_, "OUTPUTS_AT_ONCE", at_once)
         scores = found(losses, params, vectors)
     torch.testing.assert_close(scores, expected(losses, params, vectors), **CLOSE)
 
