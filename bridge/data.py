@@ -275,7 +275,7 @@ def _unpadded(column: list[Any], lengths: dict[str, int]) -> list[Any]:
     if kind == "allennlp.data.fields.tensor_field":
         return [field.tensor for field in column]
     if kind == "allennlp.data.fields.label_field":
-        return [*torch.tensor([field._label_id for field in column])]
+        return [*torch.tensor([field._label_id for field in column], dtype=torch.long)]
     return [field.as_tensor(lengths) for field in column]
 
 

@@ -320,7 +320,7 @@ def test_instances_alike_are_collated_as_by_their_batch(dtype):
     def instance(i):
         text = TextField([Token("good"), Token("film")], {"tokens": SingleIdTokenIndexer()})
         x, y = (torch.tensor([[1.0, i], [2.0, 3.0]], dtype=dtype), torch.tensor([i, i + 1]))
-        fields = {"x": ArrayField(x), "own": Doubled(y), "label": LabelField(i, skip_indexing=True), "text": text}
+        fields = {"x": ArrayField(x), "own": Doubled(y), "label": LabelField(i > 0, skip_indexing=True), "text": text}
         return Instance(fields | {"number": ArrayField(torch.tensor(float(i)))})
 
     instances = [instance(i) for i in range(3)]
