@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
 
-from bridge import progress
+from bridge import fields, progress
 from lissa import Batch, checks
 from lissa.host import to_device as tensor_to_device
 
@@ -262,21 +262,7 @@ def collate(instances: list[Any], *, vocab: Any = None, collate_fn: CollateFn | 
 
 def collate_alike(instances: Sequence[Instance]) -> dict[str, Any]:
     """`collate` of instances that are known to have the same fields and the same padding lengths."""
-    longest = instances[0].get_padding_lengths()
-    if type(instances[0]).as_tensor_dict.__module__ != "allennlp.data.instance":
-        return _stacked(instances, longest)
-    columns = {name: [instance.fields[name] for instance in instances] for name in instances[0].fields}
-    return {name: column[0].batch_tensors(_unpadded(column, longest[name])) for name, column in columns.items()}
-
-
-def _unpadded(column: list[Any], lengths: dict[str, int]) -> list[Any]:
-    """The fields as tensors: to pad those that hold one by nothing, or to make one of each label, takes the longest."""
-    kind = type(column[0]).as_tensor.__module__
-    if kind == "allennlp.data.fields.tensor_field":
-        return [field.tensor for field in column]
-    if kind == "allennlp.data.fields.label_field":
-        return [*torch.tensor([field._label_id for field in column], dtype=torch.long)]
-    return [field.as_tensor(lengths) for field in column]
+    return _stacked(instances, instances[0].get_padding_lengths())
 
 
 def _padded(instances: Sequence[Instance]) -> dict[str, Any]:
@@ -299,8 +285,12 @@ def _kind(instance: Instance) -> list[tuple[str, type]]:
 
 
 def _stacked(instances: Sequence[Instance], longest: dict[str, dict[str, int]]) -> dict[str, Any]:
-    rows = [instance.as_tensor_dict(longest) for instance in instances]
-    return {name: instances[0].fields[name].batch_tensors([row[name] for row in rows]) for name in rows[0]}
+    """The fields of each name, padded to these lengths, as a batch."""
+    if type(instances[0]).as_tensor_dict.__module__ != "allennlp.data.instance":  # it may have a way of its own
+        rows = [instance.as_tensor_dict(longest) for instance in instances]
+        return {name: instances[0].fields[name].batch_tensors([row[name] for row in rows]) for name in rows[0]}
+    columns = {name: [instance.fields[name] for instance in instances] for name in instances[0].fields}
+    return {name: column[0].batch_tensors(fields.tensors(column, longest[name])) for name, column in columns.items()}
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
