@@ -158,7 +158,7 @@ DEFAULT_DEPTH = 0.25
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.simple_influence", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="1 and 10 test instances of the two digit models")
-    parser.add_argument("--workload", help="only workloads whose name contains this")
+    parser.add_argument("--workload", default="", help="only workloads whose name contains this")
     parser.add_argument("--tests", type=int, nargs="+", default=[1, 10, 100])
     parser.add_argument(
         "--depth", nargs="+", default=["0.25"], help="0.25 is AllenNLP's default; 1000 is that many steps"
@@ -168,14 +168,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    names = list(workloads.WORKLOADS)[: 2 if arguments.quick else None]
+    chosen = [name for name in names if arguments.workload in name]
+    if not chosen:
+        parser.error(f"--workload: none has that name; they are {'; '.join(workloads.WORKLOADS)}")
 
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / f"simple-influence-{'quick-' if arguments.quick else ''}{arguments.device}.json"
     known = json.loads(path.read_text())["rows"] if path.exists() and arguments.workload else []
     rows: list[dict[str, Any]] = []
-    for name in list(workloads.WORKLOADS)[: 2 if arguments.quick else None]:
-        if arguments.workload and arguments.workload not in name:
-            continue
+    for name in chosen:
         if not workloads.installed(name):
             print(f"{name}: not measured, as what it needs is not installed")
             continue

@@ -190,18 +190,19 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    problems = [name for name in PROBLEMS if arguments.problem in name]
+    tools = [tool for tool in TOOLS if arguments.only in tool]
+    if not problems or not tools:
+        parser.error(f"nothing has that name; problems are {', '.join(PROBLEMS)}, and tools {', '.join(TOOLS)}")
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / "simple-influence-ihvp-cpu.json"
     known = json.loads(path.read_text())["rows"] if path.exists() else []
     rows = {(row["problem"], row["tool"]): row for row in known}
-    for name, make in PROBLEMS.items():
-        if arguments.problem not in name:
-            continue
-        problem = make(name)
-        for tool in TOOLS:
-            if arguments.only in tool:
-                rows[name, tool] = {"problem": name, "tool": tool, **alone(measure, problem, tool)}
-                keep(rows, path)
+    for name in problems:
+        problem = PROBLEMS[name](name)
+        for tool in tools:
+            rows[name, tool] = {"problem": name, "tool": tool, **alone(measure, problem, tool)}
+            keep(rows, path)
     print(path.with_suffix(".md").read_text())
 
 
