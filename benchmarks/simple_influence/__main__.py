@@ -171,7 +171,7 @@ def main() -> None:
     names = list(workloads.WORKLOADS)[: 2 if arguments.quick else None]
     chosen = [name for name in names if arguments.workload in name]
     if not chosen:
-        parser.error(f"--workload: none has that name; they are {'; '.join(workloads.WORKLOADS)}")
+        parser.error(f"--workload: none has that name; they are {'; '.join(names)}")
 
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / f"simple-influence-{'quick-' if arguments.quick else ''}{arguments.device}.json"

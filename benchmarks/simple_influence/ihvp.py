@@ -193,7 +193,7 @@ def main() -> None:
     problems = [name for name in PROBLEMS if arguments.problem in name]
     tools = [tool for tool in TOOLS if arguments.only in tool]
     if not problems or not tools:
-        parser.error(f"nothing has that name; problems are {', '.join(PROBLEMS)}, and tools {', '.join(TOOLS)}")
+        parser.error(f"nothing has that name; problems are {'; '.join(PROBLEMS)}, and tools are {'; '.join(TOOLS)}")
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / "simple-influence-ihvp-cpu.json"
     known = json.loads(path.read_text())["rows"] if path.exists() else []
