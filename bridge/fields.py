@@ -40,7 +40,7 @@ def _of_texts(column: Sequence[Any], lengths: dict[str, int]) -> list[Any] | Non
     indexers = column[0].token_indexers
     if any(type(each).as_padded_tensor_dict.__module__ != _PADS_WITH_0 for each in indexers.values()):
         return None
-    if any(field.token_indexers is not indexers or field._indexed_tokens is None for field in column):
+    if any(field.token_indexers is not indexers for field in column):
         return None
     found: list[dict[str, dict[str, Any]]] = [{name: {} for name in indexers} for _ in column]
     for name in indexers:

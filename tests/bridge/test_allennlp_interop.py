@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import bridge
-from bridge.data import collate, collate_alike
+from bridge.data import collate_alike
 from tests.bridge.allennlp_standins import import_allennlp
 
 import_allennlp()
@@ -17,8 +17,8 @@ import_allennlp()
 from allennlp.common import Lazy, Params  # noqa: E402
 from allennlp.data import Batch, DatasetReader, Instance, Token, Vocabulary  # noqa: E402
 from allennlp.data.data_loaders import MultiProcessDataLoader, SimpleDataLoader  # noqa: E402
-from allennlp.data.fields import ArrayField, LabelField, ListField, MetadataField, TextField  # noqa: E402
-from allennlp.data.token_indexers import SingleIdTokenIndexer, TokenCharactersIndexer  # noqa: E402
+from allennlp.data.fields import ArrayField, LabelField, MetadataField, TextField  # noqa: E402
+from allennlp.data.token_indexers import SingleIdTokenIndexer  # noqa: E402
 from allennlp.interpret.influence_interpreters import SimpleInfluence as Theirs  # noqa: E402
 from allennlp.interpret.influence_interpreters.simple_influence import get_hvp, get_inverse_hvp_lissa  # noqa: E402
 from allennlp.models import Model  # noqa: E402
@@ -333,65 +333,6 @@ def test_instances_alike_are_collated_as_by_their_batch(dtype):
     assert list(got) == list(instances[0].fields)
     got["x"].zero_()
     assert all(torch.equal(one.fields["x"].tensor, x) for one, x in zip(instances, given, strict=True))
-
-
-class Marks(SingleIdTokenIndexer):
-    """Of each token a bool and not a number."""
-
-    def tokens_to_indices(self, tokens, vocabulary):
-        return {"marks": [len(token.text) > 4 for token in tokens]}
-
-
-class Reversed(SingleIdTokenIndexer):
-    """Pads in a way of its own."""
-
-    def as_padded_tensor_dict(self, tokens, padding_lengths):
-        return {key: t.flip(0) for key, t in super().as_padded_tensor_dict(tokens, padding_lengths).items()}
-
-
-TEXTS = ["good film", "", "very very poor plot", "fine"]
-SHARED = {
-    "one": {"tokens": SingleIdTokenIndexer()},
-    "two": {"tokens": SingleIdTokenIndexer(), "lower": SingleIdTokenIndexer("lower", lowercase_tokens=True)},
-    "longer": {"tokens": SingleIdTokenIndexer(token_min_padding_length=6)},
-    "characters": {"tokens": SingleIdTokenIndexer(), "characters": TokenCharactersIndexer(min_padding_length=2)},
-    "marks": {"tokens": SingleIdTokenIndexer(), "marks": Marks()},
-    "reversed": {"tokens": Reversed()},
-}
-FIELDS = {
-    **{name: lambda i, shared=shared: words(TEXTS[i], shared) for name, shared in SHARED.items()},
-    "each its own": lambda i: words(TEXTS[i], {"tokens": Reversed() if i > 1 else SingleIdTokenIndexer()}),
-    "texts in a list": lambda i: ListField([words(TEXTS[i], SHARED["one"])] * (i + 1)),
-    "arrays": lambda i: ArrayField(torch.full((i + 1, 2), 3.0)),
-    "arrays alike": lambda i: ArrayField(torch.full((2,), float(i)), padding_value=7),
-    "numbers": lambda i: ArrayField(torch.tensor(float(i))),
-    "words as labels": lambda i: LabelField(TEXTS[i] or "none"),
-    "labels": lambda i: LabelField(3 - i, skip_indexing=True),
-    "booleans as labels": lambda i: LabelField(i > 1, skip_indexing=True),
-    "anything": lambda i: MetadataField({"i": i}),
-}
-
-
-def words(text, indexers):
-    return TextField([Token(word) for word in text.split()], indexers)
-
-
-@pytest.mark.parametrize("name", FIELDS)
-def test_instances_are_collated_as_by_their_batch(name):
-    instances = [Instance({"field": FIELDS[name](i)}) for i in range(4)]
-    vocab = Vocabulary.from_instances(instances)
-    for one in instances:
-        one.index_fields(vocab)
-    for some in (instances, instances[1:2], [instances[2]] * 2, instances[::-1]):
-        got, expected = collate(some), Batch(some).as_tensor_dict()
-        torch.testing.assert_close(got, expected, rtol=0, atol=0) if name != "anything" else None
-        assert str(got) == str(expected)
-
-
-def test_texts_that_are_not_indexed_are_refused_as_by_their_batch():
-    text = TextField([Token("good")], SHARED["one"])
-    with pytest.raises(Exception, match=r"index\(vocabulary\)"):
-        collate([Instance({"text": text})])
 
 
 def test_an_archive_is_loaded(tmp_path):
